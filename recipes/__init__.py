@@ -1,0 +1,1 @@
+"""One file per task, short enough to read, copy and edit: ``build(config, swarm) -> (LightningModule, LightningDataModule)``."""

@@ -1,0 +1,35 @@
+"""LoRA on a BLOOM whose blocks run on a swarm.
+
+swarmtune recipe=lora_bloom
+swarmtune recipe=lora_bloom model=bigscience/bloom-560m data=notes.jsonl trainer.max_steps=500 optimizer.lr=5e-4
+
+``conf/recipe/lora_bloom.yaml`` holds the values. To make a recipe of your own, copy both files and edit.
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningDataModule, LightningModule
+
+import swarmtune
+from swarmtune.config import Config, resolve_path, to_plain
+from swarmtune.train.data import TextDataModule
+from swarmtune.train.library_keys import peft_config
+from swarmtune.train.module import CausalLMModule
+
+
+def build(config: Config, swarm: swarmtune.Swarm) -> tuple[LightningModule, LightningDataModule]:
+    """What learns, and what it learns from."""
+    path = resolve_path(config.model.path)
+    model = swarmtune.load_causal_lm(path, swarm, adapter=peft_config(config.adapter))
+
+    module = CausalLMModule(
+        model,
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        schedule=config.optimizer.schedule.value,
+        warmup_steps=config.optimizer.warmup_steps,
+        hyperparameters=to_plain(config),
+    )
+    data = TextDataModule(path, **to_plain(config.data), seed=config.seed)
+    return module, data

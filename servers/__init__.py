@@ -1,0 +1,1 @@
+"""The server half: a span of frozen blocks behind a handler, on one device."""

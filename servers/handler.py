@@ -1,0 +1,97 @@
+"""Door 7: bytes to a checked message to a job; any failure becomes a typed fault message."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from servers.executor import Busy, Executor, Expired
+from servers.span import Span
+from swarmtune.errors import NonFinite, UsageError, WireError
+from swarmtune.wire.codec import Message, decode, encode
+from swarmtune.wire.frames import Encoded, Incoming
+from swarmtune.wire.messages import CallKind, Fault, FaultCode, ServerInfo, SpanCall, SpanResult
+
+logger = logging.getLogger(__name__)
+
+FORWARD_PRIORITY, BACKWARD_PRIORITY = 1, 0
+"""Backwards go first: they end work that others wait for, and free memory."""
+
+
+class CallHandler:
+    """Answers the calls of all peers.
+
+    Attributes:
+        draining: refuse new work, finish what is in flight.
+        calls: forwards and backwards done so far.
+    """
+
+    def __init__(self, info: ServerInfo, span: Span, executor: Executor) -> None:
+        self._info, self._span, self._executor = info, span, executor
+        self._rate_tok_s = 0.0
+        self.draining = False
+        self.in_flight = 0
+        self.calls = 0
+
+    @property
+    def info(self) -> ServerInfo:
+        """What this server says of itself now."""
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s))
+
+    async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
+        """Answer one call from ``peer``."""
+        try:
+            return encode(await self._dispatch(decode(incoming)))
+        except WireError as error:
+            fault = Fault(FaultCode.BAD_REQUEST, str(error))
+        except NonFinite as error:
+            fault = Fault(FaultCode.NON_FINITE, error.detail, error.block)
+        except UsageError as error:
+            fault = Fault(FaultCode.BAD_REQUEST, str(error))
+        except Busy as error:
+            fault = Fault(FaultCode.BUSY, str(error))
+        except Expired as error:
+            fault = Fault(FaultCode.EXPIRED, str(error))
+        except Exception as error:  # a defect of ours, or of the device; the caller can try another server
+            logger.exception("a call of %s failed", peer)
+            fault = Fault(FaultCode.INTERNAL, f"{type(error).__name__}: {str(error)[:500]}")
+        logger.info("refused a call of %s: %s", peer, fault.detail)
+        return encode(fault.to_message())
+
+    async def _dispatch(self, message: Message) -> Message:
+        if message.kind == CallKind.INFO:
+            return self.info.to_message()
+        if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD):
+            return Fault(FaultCode.UNSUPPORTED, f"this server knows no call {message.kind[:40]!r}").to_message()
+        if self.draining:
+            return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
+        call = SpanCall.from_message(message)
+        if call.model != self._info.model or not self._info.span.covers(call.span):
+            held = f"this server holds blocks {self._info.span} of model {self._info.model}"
+            return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
+        self.in_flight += 1
+        try:
+            return await self._execute(call)
+        finally:
+            self.in_flight -= 1
+
+    async def _execute(self, call: SpanCall) -> Message:
+        backward = call.grad_BTH is not None
+        run = self._span.backward if backward else self._span.forward
+        priority = BACKWARD_PRIORITY if backward else FORWARD_PRIORITY
+        result = await self._executor.submit(self._timed(run, call), priority=priority, timeout_s=call.remaining_ms / 1000)
+        self.calls += 1
+        return result.to_message()
+
+    def _timed(self, run: Callable[[SpanCall], SpanResult], call: SpanCall) -> Callable[[], SpanResult]:
+        def job() -> SpanResult:
+            began = time.perf_counter()
+            result = run(call)
+            work = call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1] * len(call.span)
+            rate = work / max(time.perf_counter() - began, 1e-6)
+            self._rate_tok_s = rate if not self._rate_tok_s else 0.8 * self._rate_tok_s + 0.2 * rate
+            return result
+
+        return job

@@ -1,0 +1,1 @@
+"""Door 1: an adapter becomes named leaf tensors, each for its block."""

@@ -1,0 +1,200 @@
+"""PEFT tuners over a skeleton: which are supported, how a configuration travels, where its tensors lie.
+
+Both halves inject the same plain configuration into the same skeleton, so names and shapes agree by construction. What travels is resolved:
+full module names instead of patterns, so that no server evaluates a regular expression of a stranger.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PretrainedConfig, PreTrainedModel
+
+from swarmtune.errors import AdapterUnsupported, WireError
+from swarmtune.skeleton import build_skeleton, find_layers
+from swarmtune.wire.messages import AdapterSpec
+
+ADAPTER_NAME = "default"
+PEFT_PREFIX = "base_model.model."
+MAX_RANK = 1 << 14
+MAX_MODULES = 1 << 14
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
+
+
+def _resolve_lora(config: LoraConfig, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranks and scalings as PEFT resolved them, per module; ``lora_alpha`` follows from the scaling."""
+    ranks = {name: int(layer.r[ADAPTER_NAME]) for name, layer in layers.items()}
+    alphas = {name: float(layer.lora_alpha[ADAPTER_NAME]) for name, layer in layers.items()}
+    return {
+        "ranks": [ranks[name] for name in sorted(layers)],
+        "alphas": [alphas[name] for name in sorted(layers)],
+        "rslora": bool(config.use_rslora),
+        "fan_in_fan_out": bool(config.fan_in_fan_out),
+    }
+
+
+def _build_lora(fields: Mapping[str, Any], modules: list[str]) -> PeftConfig:
+    ranks, alphas = fields.get("ranks"), fields.get("alphas")
+    if not isinstance(ranks, list) or not isinstance(alphas, list) or not len(ranks) == len(alphas) == len(modules):
+        raise WireError("a LoRA configuration needs one rank and one alpha per module")
+    if any(type(rank) is not int or not 0 < rank <= MAX_RANK for rank in ranks):
+        raise WireError(f"a LoRA rank must be an integer from 1 to {MAX_RANK}")
+    if any(type(alpha) not in (int, float) or not abs(alpha) <= 1e6 for alpha in alphas):
+        raise WireError("a LoRA alpha must be a number of at most 1e6")
+    if not isinstance(fields.get("rslora"), bool) or not isinstance(fields.get("fan_in_fan_out"), bool):
+        raise WireError("rslora and fan_in_fan_out must be true or false")
+    patterns = [re.escape(module) for module in modules]
+    return LoraConfig(
+        r=ranks[0],
+        lora_alpha=alphas[0],
+        rank_pattern=dict(zip(patterns, ranks, strict=True)),
+        alpha_pattern=dict(zip(patterns, alphas, strict=True)),
+        use_rslora=fields["rslora"],
+        fan_in_fan_out=fields["fan_in_fan_out"],
+        target_modules=list(modules),
+        lora_dropout=0.0,
+    )
+
+
+def _resolve_ia3(config: IA3Config, layers: Mapping[str, Any]) -> dict[str, Any]:
+    return {"feedforward": [bool(layers[name].is_feedforward) for name in sorted(layers)], "fan_in_fan_out": bool(config.fan_in_fan_out)}
+
+
+def _build_ia3(fields: Mapping[str, Any], modules: list[str]) -> PeftConfig:
+    feedforward = fields.get("feedforward")
+    if not isinstance(feedforward, list) or len(feedforward) != len(modules) or not all(isinstance(flag, bool) for flag in feedforward):
+        raise WireError("an IA3 configuration needs one feedforward flag per module")
+    if not isinstance(fields.get("fan_in_fan_out"), bool):
+        raise WireError("fan_in_fan_out must be true or false")
+    return IA3Config(
+        target_modules=list(modules),
+        feedforward_modules=[name for name, flag in zip(modules, feedforward, strict=True) if flag],
+        fan_in_fan_out=fields["fan_in_fan_out"],
+    )
+
+
+_TUNERS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Mapping[str, Any], list[str]], PeftConfig]]] = {
+    "LORA": (_resolve_lora, _build_lora),
+    "IA3": (_resolve_ia3, _build_ia3),
+}
+
+
+def check_supported(config: PeftConfig) -> None:
+    """Refuse what could not be trained exactly through the swarm.
+
+    Raises:
+        AdapterUnsupported: with the reason and what to do.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in _TUNERS:
+        raise AdapterUnsupported(f"adapters of type {kind} are not supported: use one of {', '.join(sorted(_TUNERS))}")
+    if getattr(config, "modules_to_save", None):
+        raise AdapterUnsupported(f"modules_to_save={config.modules_to_save} is not supported: train the adapter without it")
+    if getattr(config, "target_parameters", None):
+        raise AdapterUnsupported("target_parameters is not supported: name modules in target_modules")
+    if not isinstance(config, LoraConfig):
+        return
+    if config.lora_dropout:
+        raise AdapterUnsupported(f"lora_dropout={config.lora_dropout} is not supported, because a recomputed mask would differ: set lora_dropout=0")
+    if config.use_dora:
+        raise AdapterUnsupported("use_dora=True is not supported, because its magnitudes start from body weights: set use_dora=False")
+    if config.bias != "none":
+        raise AdapterUnsupported(f"bias={config.bias!r} is not supported: set bias='none'")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise AdapterUnsupported(
+            f"init_lora_weights={config.init_lora_weights!r} is not supported, because it is computed from (or changes) body weights: use True or 'gaussian'"
+        )
+    plain = LoraConfig()
+    known = {"r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"}
+    general = {"task_type", "peft_type", "target_modules", "exclude_modules", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config"}
+    for name, value in vars(config).items():
+        if name not in known | general and not name.startswith("_") and value != getattr(plain, name, None):
+            raise AdapterUnsupported(f"{name}={value!r} of LoraConfig is not supported: leave it at its default")
+
+
+def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put the tuner's layers into ``model`` by PEFT itself.
+
+    Raises:
+        AdapterUnsupported: PEFT refuses, or no module matches.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            injected: PeftModel = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER_NAME)
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        raise AdapterUnsupported(_why_not(model, config, error)) from error
+    return injected
+
+
+def _why_not(model: PreTrainedModel, config: PeftConfig, error: Exception) -> str:
+    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+    targets = getattr(config, "target_modules", None)
+    if "not found" in str(error) or "No modules" in str(error):
+        shown = sorted(targets) if isinstance(targets, set) else targets
+        return f"target_modules={shown} match nothing in {type(model).__name__}: its linear modules are {', '.join(leaves)}"
+    return f"PEFT cannot put this adapter into {type(model).__name__}: {str(error).splitlines()[0][:300]}"
+
+
+def resolve(injected: PeftModel, config: PeftConfig) -> AdapterSpec:
+    """The plain configuration that travels: the tuner's type, the full names of its modules, and what PEFT resolved for each.
+
+    Raises:
+        AdapterUnsupported: a target lies outside the blocks.
+    """
+    base = injected.get_base_model()
+    site = find_layers(base)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    outside = [name for name in layers if site.split(name) is None]
+    if outside:
+        raise AdapterUnsupported(f"target module {outside[0]} lies outside the blocks, in the part that stays with you: leave it out of target_modules")
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    return AdapterSpec.of({"peft_type": kind, "modules": sorted(layers), **_TUNERS[kind][0](config, layers)})
+
+
+def rebuild(spec: AdapterSpec) -> PeftConfig:
+    """The PEFT configuration that a peer's plain one stands for, every field checked.
+
+    Raises:
+        WireError: an unknown type, or fields that do not fit.
+    """
+    kind, modules = spec.config.get("peft_type"), spec.config.get("modules")
+    if kind not in _TUNERS:
+        raise WireError(f"adapters of type {str(kind)[:40]!r} are not supported by this server: it knows {', '.join(sorted(_TUNERS))}")
+    if not isinstance(modules, list) or not 0 < len(modules) <= MAX_MODULES or modules != sorted(set(map(str, modules))):
+        raise WireError("an adapter configuration must list its modules, sorted, each once")
+    if not all(_MODULE_NAME.fullmatch(module) for module in modules):
+        raise WireError("an adapter's module names may hold letters, digits, dots and underscores")
+    return _TUNERS[kind][1](spec.config, modules)
+
+
+def injected_skeleton(model_config: PretrainedConfig, spec: AdapterSpec) -> PreTrainedModel:
+    """A meta skeleton of the whole model with the tuner's layers in it, for a server.
+
+    Raises:
+        WireError: the configuration does not fit the model.
+    """
+    config = rebuild(spec)
+    model = build_skeleton(model_config)
+    names = {name for name, _ in model.named_modules()}
+    unknown = [module for module in spec.config["modules"] if module not in names]
+    if unknown:
+        raise WireError(f"the model has no module {unknown[0]!r}")
+    try:
+        with torch.device("meta"):
+            base: PreTrainedModel = inject(model, config).get_base_model()
+    except AdapterUnsupported as error:
+        raise WireError(str(error)) from error
+    return base.eval().requires_grad_(False)
+
+
+def wire_name(parameter: str) -> str:
+    """The name within the block as it travels: PEFT's, without the local adapter name."""
+    return parameter.replace(f".{ADAPTER_NAME}", "")

@@ -1,0 +1,168 @@
+"""The command line: ``swarmtune recipe=... key=value`` and ``swarmtune serve ...``.
+
+Nothing heavy is imported before it is needed, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from swarmtune.errors import NonFinite, SwarmtuneError, UsageError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+HELP = """\
+swarmtune: fine-tune a model whose frozen body runs on a swarm of servers; all that learns stays here.
+
+  swarmtune recipe=NAME [key=value ...]   train
+  swarmtune serve [key=value ...]         serve some blocks of a model to others
+  swarmtune --help | --version
+
+Recipes: {recipes}
+
+Often changed:
+  model=PATH|ID                a local directory in Hugging Face layout, or a hub id   (default: the pocket BLOOM that comes along)
+  data=PATH|ID                 a json, jsonl, parquet, csv or text file, a directory, or a hub id   (default: Python's help topics)
+  adapter=PATH                 go on from a saved PEFT directory
+  adapter.r=16                 any field of PEFT's config
+  optimizer.lr=1e-3            optimizer.schedule=cosine|linear|constant, optimizer.warmup_steps=10
+  trainer.max_steps=200        any flag of lightning.Trainer: accumulate_grad_batches, precision, fast_dev_run, limit_val_batches, ...
+  data.sequence_length=128     data.batch_size=8
+  swarm.servers=2              or swarm.spans=[0:3,3:6]; swarm=join 'swarm.initial_peers=[...]' for a swarm that is already there
+  run_dir=PATH                 where everything is written   (default: runs/<recipe>/<time>)
+  seed=0  logger=wandb  debug=short
+
+Example:
+  swarmtune recipe=lora_bloom data=notes.jsonl trainer.max_steps=500
+"""
+VERBS = ("serve",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0; 1 when the swarm failed; 2 when something the user gave is wrong; 130 after Ctrl-C.
+    """
+    started = time.monotonic()
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words, started)
+    except SwarmtuneError as error:
+        print(f"swarmtune: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError | NonFinite) else EXIT_FAILED
+    except KeyboardInterrupt as error:
+        print(f"swarmtune: {error or 'interrupted'}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(words: list[str], started: float) -> int:
+    if not words:
+        print(help_text(), end="", file=sys.stderr)
+        return EXIT_USAGE
+    if words[0] in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"swarmtune {version('swarmtune')}")
+        return 0
+    if words[0] == "serve":
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
+    if words[0].startswith("-"):
+        raise UsageError(f"there is no option {words[0]}; swarmtune --help lists what there is")
+    if "=" not in words[0] and words[0][0] not in "+~":
+        close = difflib.get_close_matches(words[0], VERBS, 1)
+        raise UsageError(f"there is no command {words[0]!r}; " + (f"did you mean {close[0]}?" if close else "swarmtune --help lists what there is"))
+    return _train(words, started)
+
+
+def recipe_names() -> list[str]:
+    """The recipes in ``conf/recipe``."""
+    folder = importlib.resources.files("conf").joinpath("recipe")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def help_text() -> str:
+    """What ``--help`` prints."""
+    return HELP.format(recipes=", ".join(recipe_names()))
+
+
+def _train(words: list[str], started: float) -> int:
+    from swarmtune.config import load_config
+
+    config = load_config(words)
+    _quieten()
+    from swarmtune.app import train
+
+    _print_summary(train(config, started))
+    return 0
+
+
+def _quieten() -> None:
+    """Keep other libraries' tips and notices, which nobody can act on, out of a run's output; their other warnings stay."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for message in (r".*does not have many workers", r".*LeafSpec", r".*`lr_scheduler\.step\(\)` before `optimizer\.step\(\)`", r".*litlogger"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _facts(summary):
+        table.add_row(name, value)
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print()
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    console.print("\nLoad the adapter with PEFT:\n", markup=False, highlight=False)
+    console.print(_loading_lines(summary), markup=False, highlight=False, soft_wrap=True)
+
+
+def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    trainable, total = summary["trainable_params"], summary["total_params"]
+    facts = [
+        ("trained", f"{summary['recipe']} on {summary['model']}, {summary['steps']} steps"),
+        ("parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
+    ]
+    if summary["val_ppl_before"] is not None and summary["val_ppl_after"] is not None:
+        facts.append(("held-out perplexity", f"{summary['val_ppl_before']:,.1f} -> {summary['val_ppl_after']:,.1f}"))
+    retries = f", {summary['retries']} retries" if summary["retries"] else ""
+    facts += [
+        ("speed", f"{summary['tokens_per_s']:,.0f} training tokens/s, {summary['seconds']:,.0f} s in all"),
+        ("traffic", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down{retries}"),
+        ("run directory", summary["run_dir"]),
+    ]
+    if summary["loss_curve"]:
+        facts.append(("loss curve", summary["loss_curve"]))
+    return [*facts, ("adapter", summary["adapter_dir"])]
+
+
+def _loading_lines(summary: dict[str, Any]) -> str:
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({summary['model']!r}), {summary['adapter_dir']!r})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""A hivemind DHT node on our own loop and daemon, with bounded parsing: store and find signed announcements."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import msgpack
+from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import P2P
+from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
+from hivemind.utils.timed_storage import get_dht_time
+
+from swarmtune.discovery.records import CLOCK_SKEW_S, MAX_RECORD_BYTES, Announcement
+from swarmtune.errors import WireError
+
+logger = logging.getLogger(__name__)
+
+DICTIONARY_CODE = 0x50
+MAX_DICTIONARY_BYTES = 1 << 22
+MAX_ENTRIES = 4096
+FIND_TIMEOUT_S = 8.0
+
+
+class BoundedSerializer(SerializerBase):
+    """MessagePack as the DHT writes it, read with limits: no extension types but one flat dictionary of records."""
+
+    @staticmethod
+    def dumps(obj: object) -> bytes:
+        """As the library does."""
+        return MSGPackSerializer.dumps(obj)
+
+    @staticmethod
+    def loads(buf: bytes) -> object:
+        """Read one value.
+
+        Raises:
+            WireError: it is too large, nested or malformed.
+        """
+        if len(buf) > MAX_DICTIONARY_BYTES:
+            raise WireError("a DHT value is too large")
+        try:
+            return msgpack.unpackb(buf, ext_hook=_read_dictionary, raw=False, strict_map_key=True)
+        except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+            raise WireError("a DHT value is malformed") from error
+
+
+def _refuse(code: int, data: bytes) -> object:
+    raise WireError(f"a DHT value holds extension type {code}")
+
+
+def _read_dictionary(code: int, data: bytes) -> object:
+    if code != DICTIONARY_CODE:
+        _refuse(code, data)
+    fields = msgpack.unpackb(data, ext_hook=_refuse, raw=False)
+    if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[2], list) or len(fields[2]) > MAX_ENTRIES:
+        raise WireError("a DHT dictionary is malformed")
+    with DictionaryDHTValue(MAX_ENTRIES).freeze() as dictionary:
+        for entry in fields[2]:
+            if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str) or not isinstance(entry[1], bytes):
+                raise WireError("a DHT dictionary entry is malformed")
+            dictionary.store(entry[0], entry[1], float(entry[2]))
+        return dictionary
+
+
+class AnnouncementValidator(RecordValidatorBase):
+    """Accepts only our records, under their owner's subkey, with the expiry that the owner signed.
+
+    So a stranger can neither fill a node with junk nor replace another server's record.
+    """
+
+    def validate(self, record: DHTRecord) -> bool:
+        """Whether the record may be stored or believed."""
+        try:
+            value = msgpack.unpackb(record.value, ext_hook=_refuse, raw=False, max_bin_len=MAX_RECORD_BYTES)
+            subkey = msgpack.unpackb(record.subkey, ext_hook=_refuse, raw=False, max_str_len=256)
+            if not isinstance(value, bytes) or not isinstance(subkey, str):
+                return False
+            announcement = Announcement.open(value)
+        except (WireError, ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+            logger.debug("refused a DHT record: %s", error)
+            return False
+        return announcement.peer == subkey and abs(record.expiration_time - announcement.expires_at) <= CLOCK_SKEW_S
+
+
+def dht_key(model: str) -> str:
+    """Where the servers of a model announce themselves."""
+    return f"swarmtune.v1.{model}"
+
+
+class DirectoryNode:
+    """One DHT participant over an existing daemon."""
+
+    def __init__(self) -> None:
+        self._node: DHTNode | None = None
+
+    async def start(self, p2p: P2P, initial_peers: list[str], *, client: bool) -> None:
+        """Join the DHT of ``initial_peers``, which the daemon must already have been told how to reach."""
+        DHTProtocol.serializer = BoundedSerializer  # before any handler listens: the library's own has no bounds
+        self._node = await DHTNode.create(
+            p2p,
+            initial_peers=initial_peers,
+            client_mode=client,
+            record_validator=AnnouncementValidator(),
+            ensure_bootstrap_success=False,
+            strict=False,
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            wait_timeout=3.0,
+            bootstrap_timeout=3.0,
+        )
+
+    async def greet(self, peers: list[Any]) -> None:
+        """Meet peers that were not there at the start."""
+        if self._node is not None and peers:
+            await asyncio.gather(*(self._node.protocol.call_ping(peer) for peer in peers))
+
+    async def publish(self, announcement: Announcement, record: bytes) -> bool:
+        """Store a sealed record under its model and peer until it expires."""
+        assert self._node is not None, "publish before start"
+        stored = await self._node.store(
+            dht_key(announcement.info.model), record, expiration_time=announcement.expires_at, subkey=announcement.peer
+        )
+        return bool(stored)
+
+    async def find(self, model: str) -> list[Announcement]:
+        """The live announcements of a model. Nothing in them is more than their owners' word."""
+        assert self._node is not None, "find before start"
+        async with asyncio.timeout(FIND_TIMEOUT_S):
+            found = await self._node.get(dht_key(model), latest=True)
+        if found is None or not isinstance(found.value, dict):
+            return []
+        announcements = []
+        for entry in found.value.values():
+            try:
+                announcements.append(Announcement.open(entry.value))
+            except (WireError, TypeError) as error:
+                logger.debug("ignored a DHT record: %s", error)
+        return [announcement for announcement in announcements if announcement.expires_at > get_dht_time()]
+
+    async def close(self) -> None:
+        """Leave the DHT."""
+        if self._node is not None:
+            node, self._node = self._node, None
+            await node.shutdown()

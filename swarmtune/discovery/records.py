@@ -1,0 +1,78 @@
+"""The signed, expiring record by which a server announces itself."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from swarmtune.discovery.identity import Identity, verify
+from swarmtune.errors import WireError
+from swarmtune.wire.frames import dump_json, parse_json
+from swarmtune.wire.messages import ServerInfo
+
+SIGNATURE_BYTES = 64
+MAX_RECORD_BYTES = 1 << 16
+MAX_LIFETIME_S = 300.0
+CLOCK_SKEW_S = 30.0
+_ADDRESS = re.compile(r"/(ip4|ip6|dns4|dns6|dns)/[A-Za-z0-9.:_-]{1,253}/(tcp|udp)/\d{1,5}(/quic-v1)?/p2p/[A-Za-z0-9]{20,64}")
+
+
+def check_address(address: object) -> str:
+    """A multiaddress that names a peer, such as ``/ip4/127.0.0.1/tcp/31337/p2p/12D3Koo...``.
+
+    Raises:
+        WireError: anything else.
+    """
+    if not isinstance(address, str) or _ADDRESS.fullmatch(address) is None:
+        raise WireError(f"a peer's address must look like /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID, got {str(address)[:120]!r}")
+    return address
+
+
+def peer_of(address: str) -> str:
+    """The peer id at the end of a multiaddress."""
+    return address.rpartition("/p2p/")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """Who serves what, where, until when.
+
+    Attributes:
+        addresses: where to dial; each ends with the peer id.
+        expires_at: seconds since the epoch.
+    """
+
+    peer: str
+    info: ServerInfo
+    addresses: tuple[str, ...]
+    expires_at: float
+
+    def seal(self, identity: Identity) -> bytes:
+        """The record as it is stored: signature, then canonical JSON."""
+        payload = dump_json({"peer": self.peer, "info": self.info.to_json(), "addresses": list(self.addresses), "expires_at": self.expires_at})
+        return identity.sign(payload) + payload
+
+    @classmethod
+    def open(cls, data: bytes, now: float | None = None) -> Announcement:
+        """Check a stranger's record: size, signature by the peer that it names, lifetime, addresses of that peer.
+
+        Raises:
+            WireError: any of these fails.
+        """
+        if not SIGNATURE_BYTES < len(data) <= MAX_RECORD_BYTES:
+            raise WireError("a record has the wrong size")
+        signature, payload = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
+        fields = parse_json(payload)
+        peer, expires_at, addresses, info = (fields.get(key) for key in ("peer", "expires_at", "addresses", "info"))
+        if not isinstance(peer, str) or not verify(peer, payload, signature):
+            raise WireError("a record is not signed by the peer that it names")
+        now = time.time() if now is None else now
+        if not isinstance(expires_at, int | float) or not now - CLOCK_SKEW_S <= expires_at <= now + MAX_LIFETIME_S + CLOCK_SKEW_S:
+            raise WireError("a record has expired, or would live too long")
+        if not isinstance(addresses, list) or not 0 < len(addresses) <= 16 or not isinstance(info, dict):
+            raise WireError("a record must hold addresses and a description")
+        checked = tuple(check_address(address) for address in addresses)
+        if any(peer_of(address) != peer for address in checked):
+            raise WireError("a record gives addresses of another peer")
+        return cls(peer, ServerInfo.from_json(info), checked, float(expires_at))

@@ -1,0 +1,104 @@
+"""Door 3: the autograd function between the client's graph and the chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swarmtune.remote.chain import Batch, Chain, KwargPlan, Leg, MicroResult, micro_batches
+from swarmtune.transport.loop import LoopThread
+from swarmtune.types import BlockSpan
+from swarmtune.wire.messages import AdapterSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BodyCall:
+    """All of one body call but its tensors."""
+
+    loop: LoopThread
+    chain: Chain
+    plans: tuple[KwargPlan, ...]
+    adapter: AdapterSpec | None
+
+    def cut(self, hidden_BTH: Tensor, tensors: Sequence[Tensor]) -> list[Batch]:
+        """Micro-batches: kwargs with a batch axis are cut with the rows, the others are shared. A pure function of shapes and settings."""
+        found = []
+        for start, rows in micro_batches(hidden_BTH.shape[0], hidden_BTH.shape[1], self.chain.settings.micro_batch_tokens):
+            parts = [
+                tensor if (axis := plan.axes.get("batch")) is None else tensor.narrow(axis, start, rows)
+                for plan, tensor in zip(self.plans, tensors, strict=True)
+            ]
+            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, tuple(part.detach() for part in parts), self.adapter))
+        return found
+
+
+class RemoteSequential(torch.autograd.Function):
+    """All blocks of the body, on servers; differentiable by the hidden states and by every kwarg that asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, call: BodyCall, hidden_BTH: Tensor, *tensors: Tensor) -> Tensor:
+        """Run the chain; keep what entered each leg."""
+        micro = call.cut(hidden_BTH, tensors)
+        results = call.loop.run(call.chain.forward(micro))
+        if any(ctx.needs_input_grad):
+            ctx.call = call
+            ctx.spans = [[leg.span for leg in legs] for legs, _ in results]
+            # The first leg's input is a slice of hidden_BTH, so only what came back from servers is kept beside it.
+            ctx.save_for_backward(hidden_BTH, *tensors, *(leg.hidden_BTH for legs, _ in results for leg in legs[1:]))
+        output_BTH = torch.cat([output for _, output in results]) if len(results) > 1 else results[0][1]
+        return output_BTH.to(hidden_BTH.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Run the chain back; either every gradient comes, or an error."""
+        call: BodyCall = ctx.call
+        hidden_BTH, *rest = ctx.saved_tensors
+        tensors, entered = rest[: len(call.plans)], rest[len(call.plans) :]
+        micro = call.cut(hidden_BTH, tensors)
+        legs = _legs(ctx.spans, micro, entered)
+        (grad_BTH,) = grads
+        parts = [part.to(hidden_BTH.dtype) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
+        results = call.loop.run(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1]))
+        input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device) if ctx.needs_input_grad[1] else None
+        by_kwarg = [_kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)]
+        return (None, input_grad, *by_kwarg)
+
+
+def _legs(spans: Sequence[Sequence[BlockSpan]], micro: Sequence[Batch], entered: Sequence[Tensor]) -> list[list[Leg]]:
+    """Put the saved inputs back beside their spans."""
+    remaining = iter(entered)
+    return [
+        [Leg(span, batch.hidden_BTH if position == 0 else next(remaining)) for position, span in enumerate(own)]
+        for own, batch in zip(spans, micro, strict=True)
+    ]
+
+
+def _kwarg_grad(index: int, plan: KwargPlan, results: Sequence[MicroResult]) -> Tensor:
+    """Sum over blocks, ascending; then over micro-batches in order, or put the rows back together where they were cut."""
+    per_micro = []
+    for result in results:
+        by_block = result.kwarg_grads[index]
+        grads = [by_block[block] for block in range(plan.blocks.start, plan.blocks.stop)]
+        per_micro.append(_sum(grads))
+    axis = plan.axes.get("batch")
+    return _sum(per_micro) if axis is None else torch.cat(per_micro, dim=axis)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _present(grad: Tensor | None) -> Tensor:
+    assert grad is not None, "the chain returns the gradient by the input when asked"
+    return grad
+
+

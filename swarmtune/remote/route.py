@@ -1,0 +1,193 @@
+"""Which server runs which blocks: what the client verified, measured and remembers of faults."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarmtune.errors import BlocksUnserved, SwarmMismatch, WireError
+from swarmtune.transport.base import Transport, TransportError
+from swarmtune.types import BlockSpan, gaps
+from swarmtune.wire.codec import Message, decode, encode
+from swarmtune.wire.messages import CallKind, Fault, ServerInfo
+
+logger = logging.getLogger(__name__)
+
+INFO_TIMEOUT_S = 5.0
+FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
+HOP_COST_S = 1e-3
+SMOOTHING = 0.3
+
+
+class Discovery(Protocol):
+    """Finds peers that say they serve a model, and makes them callable."""
+
+    async def peers(self, model: str) -> set[str]:
+        """Peer ids; a hint, never believed."""
+        ...
+
+
+@dataclass(slots=True)
+class Peer:
+    """A verified server and what was measured of it.
+
+    Attributes:
+        rtt_s: round trip of its last description.
+        token_block_s: smoothed seconds per token and block, network included; 0 while unknown.
+        banned_until: monotonic instant before which it is not asked again.
+        faults: in a row.
+    """
+
+    name: str
+    info: ServerInfo
+    rtt_s: float
+    token_block_s: float = 0.0
+    banned_until: float = 0.0
+    faults: int = 0
+
+    def usable(self) -> bool:
+        """Whether it may be asked now."""
+        return time.monotonic() >= self.banned_until
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One server and the blocks that it runs on a route."""
+
+    peer: str
+    span: BlockSpan
+    numeric_class: str
+
+
+class Directory:
+    """The servers of one model. Lives on the loop thread."""
+
+    def __init__(self, transport: Transport, discovery: Discovery, model: str, num_blocks: int) -> None:
+        self._transport, self._discovery = transport, discovery
+        self.model, self.num_blocks = model, num_blocks
+        self.known: dict[str, Peer] = {}
+        self._others: dict[str, str] = {}
+        self._numeric_class: str | None = None
+        self._refreshing = asyncio.Lock()
+
+    async def refresh(self) -> None:
+        """Ask discovery for peers, and each peer for itself.
+
+        Raises:
+            SwarmMismatch: two servers hold different weights for one block.
+        """
+        async with self._refreshing:
+            found = await self._discovery.peers(self.model)
+            banned = {name for name, peer in self.known.items() if not peer.usable()}
+            names = sorted((found | set(self.known)) - banned)
+            for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
+                self._learn(name, answer)
+            self._check_weights()
+
+    def route(self, start: int, stop: int, tokens: int = 0) -> list[Hop]:
+        """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible.
+
+        Raises:
+            BlocksUnserved: nobody usable holds some of them.
+        """
+        usable = [peer for peer in self.known.values() if peer.usable()]
+        classes = sorted({peer.info.numeric_class for peer in usable}, key=lambda name: (name != self._numeric_class, name))
+        for numeric_class in classes:
+            hops = _cheapest([peer for peer in usable if peer.info.numeric_class == numeric_class], start, stop, tokens)
+            if hops is not None:
+                self._prefer(numeric_class)
+                return hops
+        hops = _cheapest(usable, start, stop, tokens)
+        if hops is None:
+            raise self._unserved(usable, start, stop)
+        if self._numeric_class != "mixed":
+            self._numeric_class = "mixed"
+            logger.warning("the servers compute in different numeric classes: results can differ from a quiet run in the last digits")
+        return hops
+
+    def succeeded(self, hop: Hop, seconds: float, tokens: int) -> None:
+        """Remember how long a call took; the peer is trusted again."""
+        peer = self.known.get(hop.peer)
+        if peer is not None:
+            peer.faults, peer.banned_until = 0, 0.0
+            sample = seconds / (tokens * len(hop.span))
+            peer.token_block_s = sample if not peer.token_block_s else (1 - SMOOTHING) * peer.token_block_s + SMOOTHING * sample
+
+    def failed(self, name: str) -> None:
+        """Leave a peer alone for a while, longer each time in a row."""
+        peer = self.known.get(name)
+        if peer is not None:
+            peer.faults += 1
+            peer.banned_until = time.monotonic() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
+
+    def _prefer(self, numeric_class: str) -> None:
+        if self._numeric_class not in (None, numeric_class):
+            logger.warning("the numeric class of the route changed from %s to %s: results can differ in the last digits", self._numeric_class, numeric_class)
+        self._numeric_class = numeric_class
+
+    async def _ask(self, name: str) -> tuple[ServerInfo, float] | str:
+        began = time.monotonic()
+        try:
+            reply = decode(await self._transport.call(name, encode(Message(CallKind.INFO)), INFO_TIMEOUT_S))
+            if reply.kind == "fault":
+                return Fault.from_message(reply).detail
+            return ServerInfo.from_json(reply.fields), time.monotonic() - began
+        except (TransportError, WireError) as error:
+            return str(error)
+
+    def _learn(self, name: str, answer: tuple[ServerInfo, float] | str) -> None:
+        if isinstance(answer, str):
+            logger.debug("peer %s did not describe itself: %s", name, answer)
+            self.known.pop(name, None)
+            return
+        info, rtt_s = answer
+        if info.model != self.model or info.num_blocks != self.num_blocks:
+            self.known.pop(name, None)
+            self._others[name] = f"model {info.model} with {info.num_blocks} blocks"
+            return
+        peer = self.known.get(name)
+        if peer is None:
+            self.known[name] = Peer(name, info, rtt_s)
+        else:
+            peer.info, peer.rtt_s = info, rtt_s
+
+    def _check_weights(self) -> None:
+        """Servers of one block must hold the same weights; otherwise nobody knows which are right."""
+        first: dict[int, tuple[str, str]] = {}
+        for peer in sorted(self.known.values(), key=lambda peer: peer.name):
+            for block, digest in enumerate(peer.info.block_digests, peer.info.span.start):
+                name, expected = first.setdefault(block, (peer.name, digest))
+                if digest != expected:
+                    raise SwarmMismatch(f"servers {name} and {peer.name} hold different weights for block {block}: connect to servers of one model only")
+
+    def _unserved(self, usable: list[Peer], start: int, stop: int) -> BlocksUnserved:
+        spans = [peer.info.span for peer in usable]
+        missing = [hole for span in gaps(spans, self.num_blocks) if (hole := span.overlap(BlockSpan(start, stop)))]
+        served = "; ".join(f"{peer.info.span} by {peer.info.name or peer.name}" for peer in sorted(usable, key=lambda peer: (peer.info.span, peer.name)))
+        detail = f"nobody serves blocks {', '.join(map(str, missing))} of 0:{self.num_blocks}; "
+        detail += f"served: {served}" if served else "no server of this model answers"
+        if self._others and not usable:
+            detail += f" (peers serve {', '.join(sorted(set(self._others.values())))}, this model is {self.model} with {self.num_blocks} blocks)"
+        return BlocksUnserved(detail, tuple(missing))
+
+
+def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int) -> list[Hop] | None:
+    """Shortest path over block boundaries; ties go to fewer hops, then to the peer's name."""
+    best: dict[int, tuple[float, int, tuple[str, ...], list[Hop]]] = {start: (0.0, 0, (), [])}
+    for position in range(start, stop):
+        reached = best.get(position)
+        if reached is None:
+            continue
+        cost_s, count, names, hops = reached
+        for peer in peers:
+            if position not in peer.info.span:
+                continue
+            span = BlockSpan(position, min(stop, peer.info.span.stop))
+            total = cost_s + HOP_COST_S + peer.rtt_s + peer.token_block_s * tokens * len(span)
+            candidate = (total, count + 1, (*names, peer.name), [*hops, Hop(peer.name, span, peer.info.numeric_class)])
+            if span.stop not in best or candidate[:3] < best[span.stop][:3]:
+                best[span.stop] = candidate
+    return best[stop][3] if stop in best else None

@@ -1,0 +1,260 @@
+"""A Hugging Face decoder on the meta device, and the cuts that both halves make in it.
+
+No architecture is known by name here: the library's own modules and forward run, with fewer layers. What makes that right is checked by
+``check_identity``: with no layers at all, the parent must return its input to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from swarmtune.errors import ModelUnsupported, UsageError
+from swarmtune.types import BlockSpan
+from swarmtune.weights import local_path
+from swarmtune.wire.frames import dump_json
+
+VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "_attn_implementation"})
+"""Keys of a config.json that do not change what the model computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSite:
+    """Where a model keeps its layers.
+
+    Attributes:
+        parent_name: dotted name of the module that loops over the layers, such as ``transformer``.
+        attribute: name of its layer list, such as ``h``.
+        num_blocks: how many layers there are.
+        returns_tuple: whether the parent expects a layer to return a tuple; known after ``check_identity``.
+    """
+
+    parent_name: str
+    attribute: str
+    num_blocks: int
+    returns_tuple: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """What the dotted names of all blocks begin with: ``transformer.h.``"""
+        return f"{self.parent_name}.{self.attribute}."
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """Block number and name within the block of a full dotted name; ``None`` outside the blocks."""
+        if not name.startswith(self.prefix):
+            return None
+        block, _, rest = name[len(self.prefix) :].partition(".")
+        return int(block), rest
+
+
+class ZeroPositions(nn.Module):
+    """Stands in for a table of learned positions: the client has already added them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A scalar zero, whatever is asked."""
+        return torch.zeros(())
+
+
+class Absent(nn.Module):
+    """Stands in for the token embedding of a span, which must never be used."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Raise: a span starts from hidden states."""
+        raise ModelUnsupported("a span was asked to embed tokens")
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """The configuration of a local directory or a hub id.
+
+    Raises:
+        UsageError: there is no such directory, or no readable configuration in it.
+    """
+    path = local_path(model)
+    try:
+        return AutoConfig.from_pretrained(path or model)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"the model {model!r} has no readable config.json: {first[:300]}") from error
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """Sixteen hexadecimal digits that name what the model is, whatever its path, stored dtype and library version."""
+    fields = {key: value for key, value in config.to_dict().items() if key not in VOLATILE_KEYS}
+    return hashlib.sha256(dump_json(fields)).hexdigest()[:16]
+
+
+def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The whole ``...ForCausalLM`` on the meta device: structure and names, no memory.
+
+    Raises:
+        ModelUnsupported: the library has no causal language model for this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except (ValueError, KeyError) as error:
+        raise ModelUnsupported(f"no causal language model can be built from a {config.model_type!r} configuration: {str(error)[:300]}") from error
+    return model.eval().requires_grad_(False)
+
+
+def find_layers(model: PreTrainedModel) -> LayerSite:
+    """The only list of decoder layers in ``model``.
+
+    Raises:
+        ModelUnsupported: there is none, or there are several.
+    """
+    sites = [
+        LayerSite(name.rpartition(".")[0], name.rpartition(".")[2], len(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(sites) != 1 or not sites[0].parent_name:
+        found = ", ".join(site.prefix for site in sites) or "none"
+        raise ModelUnsupported(f"expected one list of decoder layers in {type(model).__name__}, found {found}")
+    return sites[0]
+
+
+def truncate(model: PreTrainedModel, site: LayerSite, start: int, stop: int) -> nn.Module:
+    """Cut ``model`` (consumed) down to the module that loops over its layers, with layers ``start:stop`` and neutral ends.
+
+    The result maps ``inputs_embeds`` to the output of the last layer kept. ``start == stop`` keeps no layer.
+    """
+    parent = model.get_submodule(site.parent_name)
+    layers = getattr(parent, site.attribute)
+    kept = nn.ModuleList(layers[start:stop])
+    _neutralise(parent, site)
+    setattr(parent, site.attribute, kept)
+    full = parent.config
+    config = _slice_config(full, start, stop, site.num_blocks)
+    for module in parent.modules():
+        if getattr(module, "config", None) is full:
+            module.config = config
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx -= start  # type: ignore[operator]
+    return parent.eval().requires_grad_(False)
+
+
+def _neutralise(parent: nn.Module, site: LayerSite) -> None:
+    """Replace the stem and the final norm; what has no parameters (rotary tables) stays."""
+    embedding = parent.get_input_embeddings() if isinstance(parent, PreTrainedModel) else None
+    for name, child in list(parent.named_children()):
+        if name == site.attribute or next(child.parameters(), None) is None:
+            continue
+        if child is embedding:
+            setattr(parent, name, Absent())
+        elif isinstance(child, nn.Embedding):
+            setattr(parent, name, ZeroPositions())
+        else:
+            setattr(parent, name, nn.Identity())
+
+
+def _slice_config(config: PretrainedConfig, start: int, stop: int, num_blocks: int) -> PretrainedConfig:
+    """A copy for ``stop - start`` layers: the count, and every list with one entry per layer."""
+    sliced = copy.deepcopy(config)
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == num_blocks and key != "architectures":
+            setattr(sliced, key, value[start:stop])
+    sliced.num_hidden_layers = stop - start
+    sliced.use_cache = False
+    return sliced
+
+
+def init_buffers(model: nn.Module, owner: PreTrainedModel, device: torch.device | str = "cpu") -> None:
+    """Give the buffers that were built on the meta device (rotary tables) their values, by the library's own initialisation.
+
+    Raises:
+        ModelUnsupported: a buffer stays without a value.
+    """
+    for module in model.modules():
+        pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not pending:
+            continue
+        if next(module.parameters(recurse=False), None) is not None:
+            raise ModelUnsupported(f"the library gives no value to {type(module).__name__}.{pending[0]}, which lies beside parameters")
+        module.to_empty(device=device, recurse=False)
+        for buffer in module.buffers(recurse=False):
+            buffer.fill_(float("nan") if buffer.is_floating_point() else 0)
+        owner._init_weights(module)
+        for name in pending:
+            buffer = module.get_buffer(name)
+            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+                raise ModelUnsupported(f"the library gives no value to {type(module).__name__}.{name}")
+
+
+def call_span(parent: nn.Module, hidden_BTH: Tensor, **arguments: Any) -> Tensor:
+    """Run a truncated parent on hidden states."""
+    output: Tensor = parent(inputs_embeds=hidden_BTH, use_cache=False, return_dict=True, **arguments).last_hidden_state
+    return output
+
+
+class _Echo(nn.Module):
+    """A layer that returns its input, bare or in a tuple."""
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Do nothing."""
+        return (hidden_BTH,) if self.returns_tuple else hidden_BTH
+
+
+def check_identity(config: PretrainedConfig) -> LayerSite:
+    """Make sure that spans of this model add up to the model: a span of no layers must return its input to the bit.
+
+    Also finds out in which form the parent expects a layer's output.
+
+    Raises:
+        ModelUnsupported: it does not, so something outside the layers would run once per span.
+    """
+    model = build_skeleton(config)
+    site = find_layers(model)
+    parent = truncate(model, site, 0, 0)
+    init_buffers(parent, model)
+    if not _echoes(parent, site, []):
+        raise ModelUnsupported(
+            f"{type(model).__name__} changes hidden states outside its layers (a span of zero layers is not the identity), "
+            "so it cannot be cut into spans exactly: use a model that passes this check"
+        )
+    parent.config.num_hidden_layers = 1
+    for returns_tuple in (False, True):
+        if _echoes(parent, site, [_Echo(returns_tuple)]):
+            return replace(site, returns_tuple=returns_tuple)
+    raise ModelUnsupported(f"{type(model).__name__} does not take the output of a stand-in layer: use another model")
+
+
+def _echoes(parent: nn.Module, site: LayerSite, layers: list[nn.Module]) -> bool:
+    """Whether ``parent`` over ``layers`` returns its input, with and without a mask."""
+    setattr(parent, site.attribute, nn.ModuleList(layers))
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTH = torch.randn(2, 5, hidden_size(parent.config), generator=generator)
+    mask_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    try:
+        with torch.no_grad():
+            outputs = [call_span(parent, hidden_BTH.clone(), attention_mask=mask) for mask in (None, mask_BT)]
+    except (TypeError, RuntimeError, AttributeError, IndexError, ValueError, KeyError):
+        return False
+    return all(isinstance(output, Tensor) and torch.equal(output, hidden_BTH) for output in outputs)
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Width of the hidden states between blocks."""
+    return int(config.get_text_config().hidden_size)
+
+
+def check_span(span: BlockSpan, num_blocks: int) -> BlockSpan:
+    """``span``, when the model has these blocks.
+
+    Raises:
+        UsageError: it reaches outside.
+    """
+    if span.stop > num_blocks:
+        raise UsageError(f"blocks {span} reach outside the model, which has blocks 0:{num_blocks}")
+    return span

@@ -1,0 +1,1 @@
+"""Training: data, the LightningModule, its callbacks, and keys that other libraries define."""

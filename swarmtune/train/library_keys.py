@@ -1,0 +1,105 @@
+"""Keys that other libraries define: flags of ``lightning.Trainer`` and fields of PEFT's configs.
+
+Both are open groups in the schema, so that every flag works without being listed here; these checks give them the same sentences.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swarmtune.config import existing_path, nearest, one_line
+from swarmtune.errors import UsageError
+
+
+def trainer_flags() -> dict[str, ast.expr | None]:
+    """Flags of ``lightning.Trainer`` with their annotations, read from its source: importing it would take seconds."""
+    spec = importlib.util.find_spec("lightning")
+    if spec is None or spec.origin is None:
+        raise UsageError("lightning is not installed")
+    source = Path(spec.origin).parent / "pytorch" / "trainer" / "trainer.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    trainer = next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == "Trainer")
+    init = next(item for item in trainer.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
+    return {argument.arg: argument.annotation for argument in [*init.args.args, *init.args.kwonlyargs] if argument.arg != "self"}
+
+
+_OURS = ("callbacks", "logger", "default_root_dir")
+"""Trainer flags that have their own group here."""
+_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
+
+
+def check_trainer_flags(flags: Mapping[str, Any]) -> None:
+    """Refuse a flag that ``lightning.Trainer`` does not have, or a value of another type than it takes.
+
+    Raises:
+        UsageError: with the nearest right flag.
+    """
+    known = trainer_flags()
+    for name, value in flags.items():
+        if name in _OURS:
+            raise UsageError(f"trainer.{name} is set by swarmtune: use logger=, callbacks.* and run_dir= instead")
+        if name not in known:
+            raise UsageError(
+                f"there is no key trainer.{name}{nearest(f'trainer.{name}', [f'trainer.{flag}' for flag in known if flag not in _OURS])}"
+            )
+        names = _annotation_names(known[name])
+        if names <= _SCALARS.keys() and not any(type(value) in _SCALARS[word] for word in names):
+            raise UsageError(f"trainer.{name} must be {' or '.join(sorted(names))}, got {value!r}")
+        if name.startswith("max_") and isinstance(value, int) and value < -1:
+            raise UsageError(f"trainer.{name} must be -1 (no limit) or at least 0, got {value}")
+
+
+def _annotation_names(annotation: ast.expr | None) -> set[str]:
+    """The names in ``Optional[Union[int, float]]``: int, float, None; ``Any`` where there is no annotation."""
+    if annotation is None:
+        return {"Any"}
+    found = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    if "Optional" in found:
+        found.add("None")
+    return found - {"Optional", "Union"}
+
+
+def peft_config(adapter: Mapping[str, Any]) -> Any:
+    """The ``peft.PeftConfig`` that the ``adapter`` group describes, or the directory of a saved one.
+
+    Raises:
+        UsageError: an unknown PEFT type or field, or a value that PEFT refuses.
+    """
+    if "path" in adapter:
+        others = sorted(adapter.keys() - {"path"})
+        if others:
+            raise UsageError(f"adapter.{others[0]} cannot be changed: the adapter is loaded from {adapter['path']}")
+        return existing_path("adapter.path", str(adapter["path"]))
+    import peft
+
+    mapping = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    names = [str(kind.value) for kind in mapping]
+    wanted = str(adapter.get("peft_type", "")).upper()
+    if wanted not in names:
+        raise UsageError(f"there is no adapter.peft_type {adapter.get('peft_type')!r}{nearest(wanted, names)}")
+    schema = mapping[peft.PeftType(wanted)]
+    fields = {item.name for item in dataclasses.fields(schema) if item.init} - {"peft_type"}
+    given = {name: value for name, value in adapter.items() if name != "peft_type"}
+    for name in given:
+        if name not in fields:
+            raise UsageError(f"there is no key adapter.{name}{nearest(f'adapter.{name}', [f'adapter.{item}' for item in sorted(fields)])}")
+        _check_peft_value(schema, name, given[name])
+    try:
+        return schema(**given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"adapter: {one_line(error)}") from error
+
+
+def _check_peft_value(schema: type, name: str, value: Any) -> None:
+    """Refuse a scalar of the wrong type, and a rank below 1; PEFT itself checks neither before it builds layers."""
+    hint = typing.get_type_hints(schema)[name]
+    if hint in (int, float, bool) and type(value) not in _SCALARS[hint.__name__]:
+        raise UsageError(f"adapter.{name} must be {hint.__name__}, got {value!r}")
+    if name == "r" and isinstance(value, int) and value < 1:
+        raise UsageError(f"adapter.r must be at least 1, got {value}")

@@ -1,0 +1,123 @@
+"""The LightningModule that trains an adapter on a causal language model, wherever the model's body runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from swarmtune.errors import NonFinite, UsageError
+from swarmtune.train.data import IGNORED_LABEL
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Our names of schedules, and transformers'."""
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class CausalLMModule(LightningModule):
+    """Next-token training of whatever in ``model.adapter`` requires a gradient.
+
+    Args:
+        model: called with ``input_ids``, ``attention_mask`` and ``labels``, it returns something with a ``loss``; its ``adapter`` is what learns.
+        lr: highest learning rate.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        schedule: ``cosine``, ``linear`` or ``constant``, after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        hyperparameters: plain values to keep in checkpoints and show in loggers.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: str = "cosine",
+        warmup_steps: int = 10,
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.train()
+        self.strict_loading = False  # a checkpoint holds only what learns
+        self.lr, self.weight_decay, self.betas, self.schedule, self.warmup_steps = lr, weight_decay, betas, schedule, warmup_steps
+        if hyperparameters is not None:
+            self.save_hyperparameters(dict(hyperparameters))
+        self._val_loss_sum, self._val_tokens = 0.0, 0
+
+    def learnable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, under this module's names."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def forward(self, **batch: Tensor) -> Any:
+        """The model's own output."""
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The mean loss over the batch's predicted tokens."""
+        loss: Tensor = self(**batch).loss
+        if not torch.isfinite(loss):
+            raise NonFinite(f"the training loss became {loss.item()} at step {self.global_step}: try a lower optimizer.lr or a higher precision")
+        self.log("train_loss", loss, batch_size=len(batch["input_ids"]))
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a gradient that is not finite reaches the weights; fp16's loss scaler handles its own."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        for name, parameter in self.learnable().items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NonFinite(f"the gradient of {name} is not finite at step {self.global_step}; its weights are unchanged")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the validation before."""
+        self._val_loss_sum, self._val_tokens = 0.0, 0
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the sums, weighted by its predicted tokens."""
+        tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        if tokens == 0:
+            return
+        loss = float(self(**batch).loss)
+        if not math.isfinite(loss):
+            raise NonFinite(f"the validation loss became {loss} at step {self.global_step}")
+        self._val_loss_sum += loss * tokens
+        self._val_tokens += tokens
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the exact mean over all predicted tokens, and its perplexity."""
+        if self._val_tokens:
+            loss = self._val_loss_sum / self._val_tokens
+            self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss)})
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what learns, its schedule moved by optimizer steps."""
+        from transformers import get_scheduler
+
+        parameters = list(self.learnable().values())
+        if not parameters:
+            raise UsageError("nothing learns: the model has no adapter with parameters to train")
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps) and self.schedule != "constant":
+            raise UsageError(f"optimizer.schedule={self.schedule} needs an end: set trainer.max_steps or trainer.max_epochs")
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        total = None if math.isinf(steps) else max(int(steps), 1)
+        scheduler = get_scheduler(SCHEDULES[self.schedule], optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what learns."""
+        kept = self.learnable()
+        checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in kept}

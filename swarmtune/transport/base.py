@@ -1,0 +1,39 @@
+"""What the chain needs from a transport: one method."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarmtune.errors import SwarmtuneError
+from swarmtune.wire.frames import Encoded, Incoming
+
+Handler = Callable[[str, Incoming], Awaitable[Encoded]]
+"""A server's side: the caller's peer id and its message in, the answer out."""
+
+
+class TransportError(SwarmtuneError):
+    """A call ended without a whole answer: the peer is gone, silent, too slow, or sent something else than our protocol."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Running totals of one transport, frames and headers included."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Transport(Protocol):
+    """Carries one call to one peer. Runs on the loop thread."""
+
+    traffic: Traffic
+
+    async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
+        """Send ``request`` and wait for its whole answer.
+
+        Raises:
+            TransportError: no whole answer within ``timeout_s`` seconds.
+        """
+        ...

@@ -1,0 +1,314 @@
+"""One stream between two peers: a handshake, then many messages multiplexed by request id.
+
+The same class serves both ends. A silent peer is found by pings, a dead one by the end of the stream; either fails every open request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from swarmtune.errors import WireError
+from swarmtune.transport.base import Handler, Traffic, TransportError
+from swarmtune.wire.frames import PREFIX, Budget, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json, parse_json
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSIONS = (1,)
+FEATURES: tuple[str, ...] = ()
+HANDSHAKE_TIMEOUT_S = 10.0
+PING_EVERY_S = 2.0
+SILENCE_S = 8.0
+WRITE_BUFFER_BYTES = 1 << 20
+JOIN_BYTES = 1 << 16
+
+
+def agree(hello: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    """The protocol version and the features to use with a peer that sent ``hello``; unknown features are ignored.
+
+    Raises:
+        WireError: no common version.
+    """
+    versions, features = hello.get("versions"), hello.get("features", [])
+    if not isinstance(versions, list) or not isinstance(features, list) or len(features) > 64:
+        raise WireError("a hello must list protocol versions and features")
+    common = [version for version in PROTOCOL_VERSIONS if version in versions]
+    if not common:
+        theirs = ", ".join(str(version)[:20] for version in versions[:8])
+        raise WireError(f"the peer speaks protocol versions [{theirs}], this side speaks {list(PROTOCOL_VERSIONS)}: update the older of the two")
+    return max(common), frozenset(FEATURES) & {feature for feature in features if isinstance(feature, str)}
+
+
+class Connection:
+    """Requests and answers over one reader and writer."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        peer: str,
+        handler: Handler | None = None,
+        limits: WireLimits | None = None,
+        budget: Budget | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self.peer = peer
+        self._reader, self._writer, self._handler = reader, writer, handler
+        self._limits = limits or WireLimits()
+        self._budget = budget or Budget(self._limits.open_bytes)
+        self._traffic = traffic or Traffic()
+        self._write_lock = asyncio.Lock()
+        self._next_id = 1
+        self._waiting: dict[int, asyncio.Future[Incoming]] = {}
+        self._partial: dict[int, Incoming] = {}
+        self._answering: dict[int, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heard_at = time.monotonic()
+        self._failure: TransportError | None = None
+        self.closed = asyncio.Event()
+
+    async def open(self) -> Connection:
+        """Shake hands, then start to read.
+
+        Raises:
+            TransportError: the peer is silent, gone, or speaks no common version.
+        """
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                self._writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+                hello = dump_json({"versions": list(PROTOCOL_VERSIONS), "features": list(FEATURES)})
+                await self._send_frame(FrameKind.HELLO, hello)
+                prefix, payload = await self._read_frame()
+                if prefix.kind is FrameKind.GOODBYE:
+                    raise WireError(f"the peer refused: {_printable(payload)}")
+                if prefix.kind is not FrameKind.HELLO:
+                    raise WireError("the peer did not begin with a hello")
+                agree(parse_json(payload))
+        except (WireError, OSError, EOFError, TimeoutError) as error:
+            detail = str(error) or "no handshake in time"
+            if isinstance(error, WireError):
+                await self._goodbye(detail)
+            self._writer.close()
+            self.closed.set()
+            raise TransportError(f"no connection to peer {self.peer}: {detail}") from error
+        self._start(self._read_loop())
+        self._start(self._ping_loop())
+        return self
+
+    async def request(self, request: Encoded, timeout_s: float) -> Incoming:
+        """Send ``request`` and wait for its whole answer.
+
+        Raises:
+            TransportError: the stream ended, the peer went silent, or ``timeout_s`` passed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = future
+        try:
+            async with asyncio.timeout(timeout_s):
+                sending = asyncio.ensure_future(self._send_message(FrameKind.CALL, request_id, request))
+                try:
+                    await asyncio.wait((sending, future), return_when=asyncio.FIRST_COMPLETED)
+                    if not future.done():
+                        await sending
+                    return await future
+                finally:
+                    sending.cancel()
+                    await asyncio.gather(sending, return_exceptions=True)
+        except TimeoutError as error:
+            self._start(self._cancel_remote(request_id))
+            raise TransportError(f"peer {self.peer} did not answer within {timeout_s:.1f} s") from error
+        except asyncio.CancelledError:
+            self._start(self._cancel_remote(request_id))
+            raise
+        except OSError as error:
+            raise TransportError(f"the connection to peer {self.peer} broke: {error}") from error
+        finally:
+            self._waiting.pop(request_id, None)
+
+    async def close(self) -> None:
+        """Stop reading, cancel what is being answered, close the stream."""
+        self._fail(TransportError(f"the connection to peer {self.peer} was closed"))
+        current = asyncio.current_task()
+        tasks = [task for task in (*self._tasks, *self._answering.values()) if task is not current]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _fail(self, failure: TransportError) -> None:
+        """End the stream once; every open request fails with ``failure``."""
+        if self._failure is None:
+            self._failure = failure
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(failure)
+            for partial in self._partial.values():
+                self._budget.release(len(partial.body))
+            self._partial.clear()
+            for task in self._answering.values():
+                task.cancel()
+            self._writer.close()
+            self.closed.set()
+
+    async def _read_frame(self) -> tuple[Prefix, bytes]:
+        prefix = Prefix.unpack(await self._reader.readexactly(PREFIX.size))
+        payload = await self._reader.readexactly(prefix.payload_bytes) if prefix.payload_bytes else b""
+        self._traffic.bytes_down += PREFIX.size + len(payload)
+        self._heard_at = time.monotonic()
+        return prefix, payload
+
+    async def _read_loop(self) -> None:
+        try:
+            while True:
+                prefix, payload = await self._read_frame()
+                await self._dispatch(prefix, payload)
+        except WireError as error:
+            logger.warning("peer %s: %s", self.peer, error)
+            await self._goodbye(str(error))
+            self._fail(TransportError(f"peer {self.peer} broke the protocol: {error}"))
+        except (OSError, EOFError) as error:
+            self._fail(TransportError(f"the connection to peer {self.peer} ended ({type(error).__name__})"))
+
+    async def _dispatch(self, prefix: Prefix, payload: bytes) -> None:
+        match prefix.kind:
+            case FrameKind.CALL | FrameKind.REPLY:
+                self._begin(prefix, payload)
+            case FrameKind.DATA:
+                self._expect(prefix).data(payload)
+            case FrameKind.END:
+                incoming = self._expect(prefix)
+                incoming.end(payload)
+                del self._partial[prefix.request_id]
+                self._finish(incoming)
+            case FrameKind.CANCEL:
+                self._abandon(prefix.request_id)
+            case FrameKind.PING:
+                self._start(self._quietly(FrameKind.PONG))
+            case FrameKind.GOODBYE:
+                raise ConnectionError(_printable(payload))
+            case FrameKind.HELLO:
+                raise WireError("a second hello")
+            case FrameKind.PONG:
+                pass
+
+    def _begin(self, prefix: Prefix, payload: bytes) -> None:
+        if prefix.request_id in self._partial or len(self._partial) >= self._limits.open_messages:
+            raise WireError("too many unfinished messages, or one begun twice")
+        if prefix.kind is FrameKind.CALL:
+            if self._handler is None:
+                raise WireError("this side takes no calls")
+            if prefix.request_id in self._answering or len(self._answering) >= self._limits.open_messages:
+                raise WireError(f"a request id in use, or more than {self._limits.open_messages} open calls")
+        elif prefix.request_id not in self._waiting and prefix.request_id >= self._next_id:
+            raise WireError("an answer to a call that was never made")
+        self._partial[prefix.request_id] = Incoming.begin(prefix, payload, self._limits, self._budget)
+
+    def _abandon(self, request_id: int) -> None:
+        """The peer gave up a message: ours that it awaited, or its own that it began."""
+        if partial := self._partial.pop(request_id, None):
+            self._budget.release(len(partial.body))
+        if task := self._answering.get(request_id):
+            task.cancel()
+        future = self._waiting.get(request_id)
+        if future is not None and not future.done():
+            future.set_exception(TransportError(f"peer {self.peer} gave up its answer"))
+
+    def _expect(self, prefix: Prefix) -> Incoming:
+        incoming = self._partial.get(prefix.request_id)
+        if incoming is None:
+            raise WireError("data that belong to no message")
+        return incoming
+
+    def _finish(self, incoming: Incoming) -> None:
+        if incoming.kind is FrameKind.CALL:
+            task = asyncio.create_task(self._answer(incoming))
+            self._answering[incoming.request_id] = task
+            return
+        self._budget.release(len(incoming.body))
+        future = self._waiting.get(incoming.request_id)
+        if future is not None and not future.done():
+            future.set_result(incoming)
+
+    async def _answer(self, incoming: Incoming) -> None:
+        assert self._handler is not None
+        try:
+            reply = await self._handler(self.peer, incoming)
+            await self._send_message(FrameKind.REPLY, incoming.request_id, reply)
+        except OSError as error:
+            self._fail(TransportError(f"the connection to peer {self.peer} broke: {error}"))
+        except asyncio.CancelledError:
+            if self._failure is None:
+                self._start(self._cancel_remote(incoming.request_id))
+            raise
+        finally:
+            self._budget.release(len(incoming.body))
+            self._answering.pop(incoming.request_id, None)
+
+    async def _send_message(self, kind: FrameKind, request_id: int, message: Encoded) -> None:
+        """Write each frame under the lock, so that messages interleave; a small message goes out in one write."""
+        if message.body_bytes <= JOIN_BYTES:
+            joined = b"".join(part for frame in message.frames(kind, request_id) for part in frame)
+            async with self._write_lock:
+                await self._write(joined)
+            return
+        for prefix, payload in message.frames(kind, request_id):
+            async with self._write_lock:
+                await self._write(prefix, payload)
+
+    async def _send_frame(self, kind: FrameKind, payload: bytes = b"", request_id: int = 0) -> None:
+        async with self._write_lock:
+            await self._write(Prefix(kind, len(payload), request_id).pack() + payload)
+
+    async def _write(self, *parts: bytes | memoryview) -> None:
+        if self._failure is not None:
+            raise ConnectionError(str(self._failure))
+        for part in parts:
+            self._writer.write(part)
+            self._traffic.bytes_up += len(part)
+        await self._writer.drain()
+
+    async def _quietly(self, kind: FrameKind, request_id: int = 0) -> None:
+        try:
+            await self._send_frame(kind, b"", request_id)
+        except OSError as error:
+            self._fail(TransportError(f"the connection to peer {self.peer} broke: {error}"))
+
+    async def _cancel_remote(self, request_id: int) -> None:
+        await self._quietly(FrameKind.CANCEL, request_id)
+
+    async def _goodbye(self, detail: str) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                await self._send_frame(FrameKind.GOODBYE, detail.encode()[:1000])
+        except (OSError, TimeoutError) as error:
+            logger.debug("no goodbye to %s: %s", self.peer, error)
+
+    async def _ping_loop(self) -> None:
+        """While an answer is awaited, make sure that the peer's process is alive."""
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            if not self._waiting:
+                continue
+            asked_at = time.monotonic()
+            self._start(self._quietly(FrameKind.PING))
+            while self._waiting and self._heard_at < asked_at:
+                if time.monotonic() - asked_at > SILENCE_S:
+                    self._fail(TransportError(f"peer {self.peer} has been silent for {SILENCE_S:.0f} s"))
+                    return
+                await asyncio.sleep(0.1)
+
+
+def _printable(payload: bytes) -> str:
+    return "".join(character if character.isprintable() else " " for character in payload.decode("utf-8", "replace"))[:1000]

@@ -1,0 +1,69 @@
+"""The one asyncio thread of a process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+from swarmtune.errors import SwarmError
+
+T = TypeVar("T")
+CLOSE_TIMEOUT_S = 10.0
+
+
+class LoopThread:
+    """An event loop on its own thread: ``start``, ``run`` coroutines from other threads, ``close``."""
+
+    def __init__(self, name: str = "swarmtune-loop") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+
+    def start(self) -> LoopThread:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run ``coroutine`` on the loop and wait for it. An interrupt of the waiting thread cancels it.
+
+        The coroutine brings its own deadline.
+
+        Raises:
+            SwarmError: the loop has been closed.
+        """
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise SwarmError("this swarm connection is closed: connect again")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise SwarmError("this swarm connection was closed during a call") from error
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs, stop the loop, join the thread. Safe to repeat."""
+        if not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop)
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    async def _cancel_all(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S / 2) if tasks else None
+        self._loop.stop()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()

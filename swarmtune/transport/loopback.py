@@ -1,0 +1,52 @@
+"""A transport inside one process: the same frames over socket pairs, no network. For tests and for servers beside their client."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+
+from swarmtune.transport.base import Handler, Traffic, TransportError
+from swarmtune.transport.connection import Connection
+from swarmtune.wire.frames import Encoded, Incoming, WireLimits
+
+
+class LoopbackTransport:
+    """Calls handlers by peer name. A peer removed from ``handlers`` is dead: its connections are cut at once."""
+
+    def __init__(self, handlers: Mapping[str, Handler], limits: WireLimits | None = None) -> None:
+        self.handlers = dict(handlers)
+        self.traffic = Traffic()
+        self._limits = limits
+        self._pairs: dict[str, tuple[Connection, Connection]] = {}
+        self._dialling = asyncio.Lock()
+
+    async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
+        """See ``Transport.call``."""
+        return await (await self._connection(peer)).request(request, timeout_s)
+
+    async def kill(self, peer: str) -> None:
+        """Cut every connection to ``peer`` and forget it, as SIGKILL would."""
+        self.handlers.pop(peer, None)
+        for end in self._pairs.pop(peer, ()):
+            await end.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for peer in list(self._pairs):
+            await self.kill(peer)
+
+    async def _connection(self, peer: str) -> Connection:
+        async with self._dialling:
+            pair = self._pairs.get(peer)
+            if pair is not None and not pair[0].closed.is_set():
+                return pair[0]
+            handler = self.handlers.get(peer)
+            if handler is None:
+                raise TransportError(f"peer {peer} is not there")
+            ends = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
+            client = Connection(*ends[0], peer=peer, limits=self._limits, traffic=self.traffic)
+            server = Connection(*ends[1], peer="client", handler=handler, limits=self._limits)
+            await asyncio.gather(client.open(), server.open())
+            self._pairs[peer] = (client, server)
+            return client

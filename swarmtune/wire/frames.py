@@ -1,0 +1,226 @@
+"""Frames: how messages travel on one multiplexed stream. ``docs/protocol.md`` gives them byte by byte.
+
+A message is a head frame (a JSON header that declares every tensor), data frames (slices of the body), and an end frame (the trailer:
+body size and checksum). Without its trailer a message is a failure, never a short success.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from swarmtune.errors import WireError
+from swarmtune.wire.tensors import TensorSpec
+
+MAGIC = b"sw"
+VERSION = 1
+PREFIX = struct.Struct("<2sBBIQ")
+TRAILER = struct.Struct("<QI")
+CHUNK_BYTES = 1 << 18
+MAX_PAYLOAD = 1 << 20
+_ZEROS = bytes(64)
+
+
+class FrameKind(IntEnum):
+    """What a frame carries."""
+
+    HELLO = 1
+    CALL = 2
+    REPLY = 3
+    DATA = 4
+    END = 5
+    CANCEL = 6
+    PING = 7
+    PONG = 8
+    GOODBYE = 9
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """Bounds that hold before anything is allocated."""
+
+    header_bytes: int = MAX_PAYLOAD
+    tensors: int = 8192
+    message_bytes: int = 1 << 30
+    open_bytes: int = 2 << 30
+    open_messages: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first 16 bytes of each frame."""
+
+    kind: FrameKind
+    payload_bytes: int
+    request_id: int
+
+    def pack(self) -> bytes:
+        """The bytes: magic, version, kind, payload size, request id; little-endian."""
+        return PREFIX.pack(MAGIC, VERSION, self.kind, self.payload_bytes, self.request_id)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Prefix:
+        """Check 16 bytes from a peer.
+
+        Raises:
+            WireError: another protocol, version or kind, or a payload over the limit.
+        """
+        magic, version, kind, payload_bytes, request_id = PREFIX.unpack(data)
+        if magic != MAGIC:
+            raise WireError("the peer does not speak the swarmtune protocol (wrong magic)")
+        if version != VERSION:
+            raise WireError(f"the peer speaks frame version {version}, this side speaks {VERSION}: update the older of the two")
+        if kind not in FrameKind._value2member_map_:
+            raise WireError(f"unknown frame kind {kind}")
+        if payload_bytes > MAX_PAYLOAD:
+            raise WireError(f"a frame of {payload_bytes} bytes is over the limit of {MAX_PAYLOAD}")
+        return cls(FrameKind(kind), payload_bytes, request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A message ready to be sent: its JSON header, and its body as views that are not copied."""
+
+    header: bytes
+    parts: tuple[memoryview, ...] = ()
+
+    @property
+    def body_bytes(self) -> int:
+        """Size of the body, padding included."""
+        return sum(len(part) for part in self.parts)
+
+    def frames(self, kind: FrameKind, request_id: int) -> Iterator[tuple[bytes, memoryview]]:
+        """Prefix and payload of each frame in order. Nothing is joined or copied here."""
+        yield Prefix(kind, len(self.header), request_id).pack(), memoryview(self.header)
+        checksum = zlib.crc32(self.header)
+        for part in self.parts:
+            for start in range(0, len(part), CHUNK_BYTES):
+                chunk = part[start : start + CHUNK_BYTES]
+                checksum = zlib.crc32(chunk, checksum)
+                yield Prefix(FrameKind.DATA, len(chunk), request_id).pack(), chunk
+        yield Prefix(FrameKind.END, TRAILER.size, request_id).pack(), memoryview(TRAILER.pack(self.body_bytes, checksum))
+
+
+def padding(payload_bytes: int, padded_bytes: int) -> memoryview:
+    """The zeros that follow a tensor up to its alignment."""
+    return memoryview(_ZEROS)[: padded_bytes - payload_bytes]
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Read a bounded JSON object from a peer.
+
+    Raises:
+        WireError: it is not UTF-8, not an object, nested too deeply, repeats a key or holds NaN or an infinity.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise WireError("a header repeats a key")
+        return found
+
+    def refuse(constant: str) -> float:
+        raise WireError(f"a header holds {constant}")
+
+    try:
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a header is not JSON: {type(error).__name__}") from error
+    if not isinstance(parsed, dict):
+        raise WireError("a header must be a JSON object")
+    return parsed
+
+
+def dump_json(value: Mapping[str, Any]) -> bytes:
+    """Canonical JSON: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes that unfinished messages of one process may hold together."""
+
+    limit_bytes: int
+    used_bytes: int = 0
+
+    def reserve(self, size: int) -> None:
+        """Take ``size`` bytes.
+
+        Raises:
+            WireError: that would exceed the limit.
+        """
+        if self.used_bytes + size > self.limit_bytes:
+            raise WireError(f"a message of {size} bytes does not fit now: {self.used_bytes} of {self.limit_bytes} bytes are in use")
+        self.used_bytes += size
+
+    def release(self, size: int) -> None:
+        """Give back what ``reserve`` took."""
+        self.used_bytes -= size
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A message being received: checked head, then data, then the trailer."""
+
+    kind: FrameKind
+    request_id: int
+    raw_header: bytes
+    header: dict[str, Any]
+    specs: tuple[TensorSpec, ...]
+    body: bytearray
+    received: int = 0
+    checksum: int = field(default=0)
+
+    @classmethod
+    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget) -> Incoming:
+        """Check a head frame; only then reserve and allocate the body that it declares.
+
+        Raises:
+            WireError: a malformed header, or sizes over the limits.
+        """
+        if len(payload) > limits.header_bytes:
+            raise WireError(f"a header of {len(payload)} bytes is over the limit of {limits.header_bytes}")
+        header = parse_json(payload)
+        entries = header.pop("tensors", [])
+        if not isinstance(entries, list) or len(entries) > limits.tensors:
+            raise WireError(f"a header must list at most {limits.tensors} tensors")
+        specs = tuple(TensorSpec.from_json(entry) for entry in entries)
+        if len({spec.name for spec in specs}) != len(specs):
+            raise WireError("a header names a tensor twice")
+        size = sum(spec.padded_bytes for spec in specs)
+        if size > limits.message_bytes:
+            raise WireError(f"a message of {size} bytes is over the limit of {limits.message_bytes}")
+        budget.reserve(size)
+        return cls(prefix.kind, prefix.request_id, payload, header, specs, bytearray(size), 0, zlib.crc32(payload))
+
+    def data(self, payload: bytes) -> None:
+        """Append one data frame.
+
+        Raises:
+            WireError: more data than the header declared.
+        """
+        end = self.received + len(payload)
+        if end > len(self.body):
+            raise WireError(f"a message carries more than the {len(self.body)} bytes that it declared")
+        self.body[self.received : end] = payload
+        self.received = end
+        self.checksum = zlib.crc32(payload, self.checksum)
+
+    def end(self, payload: bytes) -> None:
+        """Check the trailer.
+
+        Raises:
+            WireError: data are missing or the checksum differs.
+        """
+        if len(payload) != TRAILER.size:
+            raise WireError("a trailer has the wrong size")
+        size, checksum = TRAILER.unpack(payload)
+        if size != len(self.body) or self.received != size:
+            raise WireError(f"a message was cut: {self.received} of {len(self.body)} bytes arrived")
+        if checksum != self.checksum:
+            raise WireError("a message was damaged on the way (checksum)")

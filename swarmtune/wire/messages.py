@@ -1,0 +1,327 @@
+"""The messages of the one verb, ``call``: what may stand in each, checked at birth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, cast
+
+from torch import Tensor
+
+from swarmtune.errors import UsageError, WireError
+from swarmtune.types import AXES, Axis, BlockSpan
+from swarmtune.wire.codec import Message
+from swarmtune.wire.frames import dump_json
+
+MAX_DETAIL = 2000
+
+
+class CallKind(StrEnum):
+    """What a call asks for."""
+
+    INFO = "info"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class FaultCode(StrEnum):
+    """Why a server did not do what a call asked."""
+
+    BAD_REQUEST = "bad_request"
+    UNSUPPORTED = "unsupported"
+    NON_FINITE = "non_finite"
+    NOT_HERE = "not_here"
+    BUSY = "busy"
+    DRAINING = "draining"
+    EXPIRED = "expired"
+    INTERNAL = "internal"
+
+
+DETERMINISTIC = frozenset({FaultCode.BAD_REQUEST, FaultCode.UNSUPPORTED, FaultCode.NON_FINITE})
+"""Faults that another honest server would answer as well: they are raised, not retried."""
+
+
+def _text(value: object, what: str, limit: int = 256) -> str:
+    if not isinstance(value, str) or len(value) > limit:
+        raise WireError(f"{what} must be a string of at most {limit} characters")
+    return value
+
+
+def _integer(value: object, what: str, low: int = 0, high: int = 1 << 40) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise WireError(f"{what} must be an integer from {low} to {high}")
+    return value
+
+
+def _span(value: object, what: str) -> BlockSpan:
+    if not isinstance(value, list) or len(value) != 2:
+        raise WireError(f"{what} must be [start, stop]")
+    start, stop = (_integer(item, what, 0, 1 << 20) for item in value)
+    try:
+        return BlockSpan(start, stop)
+    except UsageError as error:
+        raise WireError(f"{what}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """The configuration of a PEFT tuner as plain JSON, and its digest."""
+
+    config: Mapping[str, Any]
+    digest: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> AdapterSpec:
+        """Attach the digest: the first 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        return cls(config, hashlib.sha256(dump_json(config)).hexdigest()[:16])
+
+    @classmethod
+    def from_json(cls, value: object) -> AdapterSpec:
+        """Check what a peer sent; the digest is computed here, never believed."""
+        if not isinstance(value, dict):
+            raise WireError("an adapter configuration must be an object")
+        return cls.of(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallKwarg:
+    """A kwarg as one call carries it: its blocks are the part of the called span that it is for."""
+
+    name: str
+    tensor: Tensor
+    axes: Mapping[Axis, int]
+    blocks: BlockSpan
+    requires_grad: bool
+
+    def to_json(self) -> list[object]:
+        """``[name, axes, [start, stop], requires_grad]``."""
+        return [self.name, dict(self.axes), [self.blocks.start, self.blocks.stop], self.requires_grad]
+
+    @classmethod
+    def from_json(cls, item: object, tensor: Tensor) -> CallKwarg:
+        """Check one entry of a peer's header against its tensor."""
+        if not isinstance(item, list) or len(item) != 4:
+            raise WireError("a kwarg entry must be [name, axes, [start, stop], requires_grad]")
+        name, axes, blocks, requires_grad = item
+        name = _text(name, "a kwarg's name", 512)
+        if not isinstance(axes, dict) or not set(axes) <= set(AXES):
+            raise WireError(f"kwarg {name!r}: axes may be batch and sequence")
+        checked = {cast(Axis, axis): _integer(dimension, f"kwarg {name!r}: {axis} axis", 0, tensor.dim() - 1) for axis, dimension in axes.items()}
+        if not isinstance(requires_grad, bool) or (requires_grad and not tensor.is_floating_point()):
+            raise WireError(f"kwarg {name!r}: only a floating-point tensor can ask for a gradient")
+        return cls(name, tensor, checked, _span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanCall:
+    """Run ``span`` forward, or backward where ``grad_BTH`` is given.
+
+    Attributes:
+        model: digest of the model's configuration; a server of another model refuses.
+        hidden_BTH: input of the first block of ``span``.
+        grad_BTH: gradient of the loss by the output of the last block; ``None`` for a forward.
+        input_grad: whether a backward returns the gradient by ``hidden_BTH``.
+        remaining_ms: how long the caller will still wait.
+    """
+
+    span: BlockSpan
+    model: str
+    hidden_BTH: Tensor
+    kwargs: tuple[CallKwarg, ...] = ()
+    adapter: AdapterSpec | None = None
+    grad_BTH: Tensor | None = None
+    input_grad: bool = False
+    remaining_ms: int = 300_000
+
+    def to_message(self) -> Message:
+        """As it travels: tensors ``hidden``, ``grad`` and ``k0``, ``k1``... in the order of the kwargs."""
+        fields: dict[str, Any] = {
+            "span": [self.span.start, self.span.stop],
+            "model": self.model,
+            "kwargs": [kwarg.to_json() for kwarg in self.kwargs],
+            "remaining_ms": self.remaining_ms,
+        }
+        if self.adapter is not None:
+            fields["adapter"] = dict(self.adapter.config)
+        tensors = {"hidden": self.hidden_BTH}
+        kind = CallKind.FORWARD
+        if self.grad_BTH is not None:
+            kind, tensors["grad"], fields["input_grad"] = CallKind.BACKWARD, self.grad_BTH, self.input_grad
+        tensors.update((f"k{index}", kwarg.tensor) for index, kwarg in enumerate(self.kwargs))
+        return Message(kind, fields, tensors)
+
+    @classmethod
+    def from_message(cls, message: Message) -> SpanCall:
+        """Check a peer's message.
+
+        Raises:
+            WireError: anything missing, superfluous, of the wrong type or shape.
+        """
+        fields, tensors = message.fields, dict(message.tensors)
+        hidden = tensors.pop("hidden", None)
+        if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point() or 0 in hidden.shape:
+            raise WireError("a call needs a floating-point tensor 'hidden' of shape (batch, sequence, hidden)")
+        grad = tensors.pop("grad", None)
+        if (message.kind == CallKind.BACKWARD) != (grad is not None):
+            raise WireError("a backward needs a tensor 'grad', and nothing else does")
+        if grad is not None and (grad.shape != hidden.shape or not grad.is_floating_point()):
+            raise WireError("'grad' must have the shape of 'hidden'")
+        entries = fields.get("kwargs")
+        if not isinstance(entries, list) or set(tensors) != {f"k{index}" for index in range(len(entries))}:
+            raise WireError("the kwargs and their tensors do not match")
+        input_grad = fields.get("input_grad", False)
+        if not isinstance(input_grad, bool):
+            raise WireError("input_grad must be true or false")
+        adapter = fields.get("adapter")
+        return cls(
+            span=_span(fields.get("span"), "span"),
+            model=_text(fields.get("model"), "model"),
+            hidden_BTH=hidden,
+            kwargs=tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries)),
+            adapter=None if adapter is None else AdapterSpec.from_json(adapter),
+            grad_BTH=grad,
+            input_grad=input_grad,
+            remaining_ms=_integer(fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpanResult:
+    """The output of a forward, or the gradients of a backward.
+
+    Attributes:
+        hidden_BTH: output of the span (forward) or gradient by its input (backward; ``None`` where not asked for).
+        kwarg_grads: by index of the call's kwarg: shape ``(blocks of that kwarg, *its shape)``, one gradient per block in ascending
+            order, so that the client's sum over blocks does not depend on where a route is cut.
+    """
+
+    hidden_BTH: Tensor | None
+    kwarg_grads: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def to_message(self) -> Message:
+        """As it travels."""
+        tensors = {} if self.hidden_BTH is None else {"hidden": self.hidden_BTH}
+        tensors.update((f"k{index}", grad) for index, grad in self.kwarg_grads.items())
+        return Message("result", {}, tensors)
+
+    @classmethod
+    def from_message(cls, message: Message, call: SpanCall) -> SpanResult:
+        """Check a reply against the call that it answers: exactly the tensors asked for, in their shapes and types.
+
+        Raises:
+            WireError: anything else.
+        """
+        if message.kind != "result":
+            raise WireError(f"expected a result, got {message.kind!r:.80}")
+        tensors = dict(message.tensors)
+        hidden = tensors.pop("hidden", None)
+        if (hidden is not None) != (call.grad_BTH is None or call.input_grad):
+            raise WireError("a reply holds a hidden state where none was asked for, or lacks it")
+        if hidden is not None and (hidden.shape != call.hidden_BTH.shape or hidden.dtype != call.hidden_BTH.dtype):
+            raise WireError(f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {call.hidden_BTH.dtype} {tuple(call.hidden_BTH.shape)}")
+        grads: dict[int, Tensor] = {}
+        for index, kwarg in enumerate(call.kwargs if call.grad_BTH is not None else ()):
+            if not kwarg.requires_grad:
+                continue
+            grad = tensors.pop(f"k{index}", None)
+            if grad is None or grad.shape != (len(kwarg.blocks), *kwarg.tensor.shape) or grad.dtype != kwarg.tensor.dtype:
+                raise WireError(f"a reply lacks the gradient of {kwarg.name}, or it has the wrong shape or type")
+            grads[index] = grad
+        if tensors:
+            raise WireError(f"a reply holds tensors that nobody asked for: {', '.join(sorted(tensors))[:200]}")
+        return cls(hidden, grads)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a call was not done.
+
+    Attributes:
+        block: the first bad block, where one is known.
+    """
+
+    code: FaultCode
+    detail: str
+    block: int | None = None
+
+    def to_message(self) -> Message:
+        """As it travels; the detail is cut at 2000 characters."""
+        return Message("fault", {"code": str(self.code), "detail": self.detail[:MAX_DETAIL], "block": self.block})
+
+    @classmethod
+    def from_message(cls, message: Message) -> Fault:
+        """Check a peer's fault; an unknown code counts as internal, and unprintable characters are replaced."""
+        code = _text(message.fields.get("code"), "code")
+        detail = _text(message.fields.get("detail"), "detail", MAX_DETAIL)
+        block = message.fields.get("block")
+        printable = "".join(character if character.isprintable() else " " for character in detail)
+        known = FaultCode(code) if code in FaultCode._value2member_map_ else FaultCode.INTERNAL
+        return cls(known, printable, None if block is None else _integer(block, "block", 0, 1 << 20))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server says of itself.
+
+    Attributes:
+        model: digest of the model's configuration.
+        num_blocks: blocks of the whole model.
+        span: the blocks that it holds.
+        block_digests: one digest of the stored weights per held block.
+        dtype: the element type it computes in, such as ``float32``.
+        numeric_class: servers of one class give the same bits for the same call.
+        numeric: what the class is made of, for people.
+        version: of the swarmtune that runs there.
+        name: what its owner calls it.
+        rate_tok_s: tokens times blocks that it computed per second lately; 0 where unknown.
+    """
+
+    model: str
+    num_blocks: int
+    span: BlockSpan
+    block_digests: tuple[str, ...]
+    dtype: str
+    numeric_class: str
+    numeric: Mapping[str, str]
+    version: str
+    name: str = ""
+    rate_tok_s: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain fields."""
+        fields = asdict(self)
+        fields["span"], fields["block_digests"] = [self.span.start, self.span.stop], list(self.block_digests)
+        return fields
+
+    def to_message(self) -> Message:
+        """As it travels."""
+        return Message("info", self.to_json())
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ServerInfo:
+        """Check a peer's description of itself.
+
+        Raises:
+            WireError: a field is missing, of the wrong type, or does not fit the others.
+        """
+        span = _span(fields.get("span"), "span")
+        num_blocks = _integer(fields.get("num_blocks"), "num_blocks", 1, 1 << 20)
+        digests, numeric = fields.get("block_digests"), fields.get("numeric")
+        if not isinstance(digests, list) or len(digests) != len(span) or span.stop > num_blocks:
+            raise WireError("a server's span, its digests and the number of blocks do not fit together")
+        if not isinstance(numeric, dict) or len(numeric) > 32:
+            raise WireError("a server's numeric class must be a short object")
+        return cls(
+            model=_text(fields.get("model"), "model"),
+            num_blocks=num_blocks,
+            span=span,
+            block_digests=tuple(_text(digest, "a block digest", 64) for digest in digests),
+            dtype=_text(fields.get("dtype"), "dtype", 32),
+            numeric_class=_text(fields.get("numeric_class"), "numeric_class", 64),
+            numeric={_text(key, "numeric"): _text(value, "numeric") for key, value in numeric.items()},
+            version=_text(fields.get("version"), "version", 64),
+            name=_text(fields.get("name", ""), "name", 128),
+            rate_tok_s=_integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
+        )
