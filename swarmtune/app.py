@@ -56,9 +56,18 @@ def train(config: Config, started: float | None = None) -> dict[str, Any]:
     save_yaml(config, run_dir / "config.yaml")
     with ExitStack() as stack:
         peers = stack.enter_context(_initial_peers(config, run_dir))
-        options = {"micro_batch_tokens": config.swarm.micro_batch_tokens, "max_in_flight": config.swarm.max_in_flight}
-        swarm = stack.enter_context(swarmtune.connect(peers(), patience_s=config.swarm.patience_s, codec=config.swarm.codec, **options))
-        return _fit(config, run_dir, swarm, started)
+        return _fit(config, run_dir, stack.enter_context(_connect(config, peers())), started)
+
+
+def _connect(config: Config, peers: list[str]) -> swarmtune.Swarm:
+    options = config.swarm
+    return swarmtune.connect(
+        peers,
+        micro_batch_tokens=options.micro_batch_tokens,
+        max_in_flight=options.max_in_flight,
+        patience_s=options.patience_s,
+        codec=options.codec.value,
+    )
 
 
 def _fit(config: Config, run_dir: Path, swarm: swarmtune.Swarm, started: float) -> dict[str, Any]:

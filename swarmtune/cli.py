@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import swarmtune
 from swarmtune.errors import NonFinite, SwarmtuneError, UsageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"swarmtune: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError | NonFinite) else EXIT_FAILED
     except KeyboardInterrupt as error:
-        print(f"swarmtune: {error or 'interrupted'}", file=sys.stderr)
+        print(f"swarmtune: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -70,9 +71,7 @@ def _dispatch(words: list[str], started: float) -> int:
         print(help_text(), end="")
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"swarmtune {version('swarmtune')}")
+        print(f"swarmtune {swarmtune.__version__}")
         return 0
     if words[0] == "serve":
         sys.stdout.flush()
@@ -125,16 +124,12 @@ def _quieten() -> None:
 
 def _print_summary(summary: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in _facts(summary):
-        table.add_row(name, value)
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    console.print()
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
-    console.print("\nLoad the adapter with PEFT:\n", markup=False, highlight=False)
-    console.print(_loading_lines(summary), markup=False, highlight=False, soft_wrap=True)
+    console = Console()
+    lines = [Text.assemble((f"{name:<21}", "bold"), value) for name, value in _facts(summary)]
+    for line in (Text(), *lines, Text(), Text("load the adapter with PEFT", "bold"), Text(_loading_lines(summary))):
+        console.print(line, soft_wrap=True)
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:

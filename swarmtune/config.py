@@ -44,6 +44,12 @@ class SwarmKind(enum.Enum):
     JOIN = "join"
 
 
+class Codec(enum.Enum):
+    """How tensors are compressed on the wire."""
+
+    NONE = "none"
+
+
 class Source(enum.Enum):
     """Where text comes from."""
 
@@ -134,7 +140,7 @@ class SwarmConfig:
     """Requests under way at once."""
     patience_s: float = 30.0
     """Seconds of trying other servers before a call fails."""
-    codec: str = "none"
+    codec: Codec = Codec.NONE
     """How tensors are compressed on the wire; ``none`` is exact."""
 
     def __post_init__(self) -> None:
@@ -268,12 +274,12 @@ def load_config(overrides: Sequence[str]) -> Config:
     from swarmtune.train.library_keys import check_trainer_flags, peft_config
 
     config = compose("config", list(overrides), Config)
-    resolve_path(config.model.path)
-    if config.data.path is not None:
-        existing_path("data.path", config.data.path)
     check_trainer_flags(config.trainer)
     if any(word.lstrip("+~").startswith("adapter") for word in overrides):
         peft_config(config.adapter)
+    resolve_path(config.model.path)
+    if config.data.path is not None:
+        existing_path("data.path", config.data.path)
     return config
 
 
@@ -297,7 +303,7 @@ def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
         OmegaConf.set_struct(config, False)
         parser = OverridesParser.create()
         for word in values:
-            _apply(config, parser.parse_override(word), word)
+            _apply(config, _parse(parser, word), word)
         node = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(one_line(error)) from error
@@ -307,6 +313,18 @@ def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
     for key in _unknown_keys(schema, node):
         raise UsageError(f"there is no key {key}{nearest(key, known)}")
     return _convert(schema, node, "")
+
+
+def _parse(parser: Any, word: str) -> Any:
+    """One ``key=value`` in Hydra's grammar."""
+    from hydra.errors import HydraException
+
+    try:
+        return parser.parse_override(word)
+    except HydraException as error:
+        raise UsageError(
+            f"{word}: this value cannot be read; put text with special characters in quotes: {word.partition('=')[0]}='\"...\"'"
+        ) from error
 
 
 def _apply(config: Any, override: Any, word: str) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 import msgpack
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import get_dht_time
 
@@ -115,10 +114,10 @@ class DirectoryNode:
             bootstrap_timeout=3.0,
         )
 
-    async def greet(self, peers: list[Any]) -> None:
-        """Meet peers that were not there at the start."""
-        if self._node is not None and peers:
-            await asyncio.gather(*(self._node.protocol.call_ping(peer) for peer in peers))
+    async def greet(self, peer: str) -> None:
+        """Meet a peer that was not there at the start."""
+        assert self._node is not None, "greet before start"
+        await self._node.protocol.call_ping(PeerID.from_base58(peer))
 
     async def publish(self, announcement: Announcement, record: bytes) -> bool:
         """Store a sealed record under its model and peer until it expires."""

@@ -24,9 +24,18 @@ RECENT_BATCHES = 20
 class Traffic(Protocol):
     """Running totals of one client."""
 
-    bytes_up: int
-    bytes_down: int
-    retries: int
+    @property
+    def bytes_up(self) -> int:
+        """Sent to servers."""
+
+    @property
+    def bytes_down(self) -> int:
+        """Received from servers."""
+
+    @property
+    def retries(self) -> int:
+        """Calls that had to be asked again."""
+
 
 
 class Meter(Callback):

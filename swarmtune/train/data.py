@@ -6,6 +6,7 @@ the seed or the order of files: runs with different seeds are comparable.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,7 +95,7 @@ def _open_dataset(path: str, split: str) -> Any:
         if reader is None:
             raise UsageError(f"data {path}: a file must end in one of {', '.join(READERS)}")
         extra = {"sample_by": "paragraph"} if reader == "text" else {}
-        return datasets.load_dataset(reader, data_files=path, split="train", **extra)
+        return datasets.load_dataset(reader, data_files=glob.escape(path), split="train", **extra)
     return datasets.load_dataset(path, split=split)
 
 

@@ -105,9 +105,9 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> list[StandInSwarm]:
         made.append(StandInSwarm())
         return made[-1]
 
-    monkeypatch.setattr(swarmtune, "LocalSwarm", make, raising=False)
-    monkeypatch.setattr(swarmtune, "connect", make, raising=False)
-    monkeypatch.setattr(swarmtune, "load_causal_lm", stand_in, raising=False)
+    monkeypatch.setitem(vars(swarmtune), "LocalSwarm", make)
+    monkeypatch.setitem(vars(swarmtune), "connect", make)
+    monkeypatch.setitem(vars(swarmtune), "load_causal_lm", stand_in)
     return made
 
 

@@ -1,0 +1,242 @@
+"""``python -m servers model=... blocks="0:4"``: one server in the foreground, the same as ``swarmtune serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from servers.config import ServeConfig
+from swarmtune.config import Dtype, compose
+from swarmtune.errors import ServerStartFailed, SwarmtuneError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from servers.handler import CallHandler
+    from servers.span import Span
+    from swarmtune.transport.hivemind import HivemindNode
+    from swarmtune.wire.messages import ServerInfo
+
+logger = logging.getLogger("servers")
+
+DRAIN_S = 30.0
+PORT_WAIT_S = 10.0
+MAX_GREETING = 4096
+
+
+@dataclass(slots=True)
+class Parent:
+    """The process that started this server, where ``LocalSwarm`` did; its end ends this process at once.
+
+    Attributes:
+        identity: the key file to use, as bytes.
+    """
+
+    channel: socket.socket
+    identity: bytes
+
+    @classmethod
+    def greet(cls, fd: int) -> Parent:
+        """Read the identity, then watch for the parent's end from a thread of its own."""
+        channel = socket.socket(fileno=fd)
+        channel.set_inheritable(False)
+        line = b""
+        while not line.endswith(b"\n") and len(line) < MAX_GREETING:
+            received = channel.recv(MAX_GREETING)
+            if not received:
+                os._exit(0)
+            line += received
+        parent = cls(channel, bytes.fromhex(json.loads(line)["identity"]))
+        threading.Thread(target=parent._watch, name="swarmtune-parent", daemon=True).start()
+        return parent
+
+    def tell(self, **facts: object) -> None:
+        """Send one line of JSON."""
+        self.channel.sendall(json.dumps(facts).encode() + b"\n")
+
+    def _watch(self) -> None:
+        try:
+            while self.channel.recv(1):
+                pass
+        except OSError:
+            pass
+        os._exit(0)  # nobody is left to serve; the daemon's keeper sees our end and cleans up
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until told to stop; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    parent: Parent | None = None
+    try:
+        config = compose("server", list(sys.argv[1:] if argv is None else argv), ServeConfig)
+        parent = Parent.greet(config.parent_fd) if config.parent_fd is not None else None
+        asyncio.run(_serve(config, parent))
+    except UsageError as error:
+        return _fail(parent, str(error), 2)
+    except SwarmtuneError as error:
+        return _fail(parent, str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the top of the process: say it to the parent too, then show the traceback
+        logger.exception("the server ended")
+        return _fail(parent, f"{type(error).__name__}: {error}", 1)
+    return 0
+
+
+def _fail(parent: Parent | None, sentence: str, code: int) -> int:
+    sys.stderr.write(f"swarmtune serve: {sentence}\n")
+    if parent is not None:
+        parent.tell(error=sentence, code=code)
+    return code
+
+
+async def _serve(config: ServeConfig, parent: Parent | None) -> None:
+    from servers.executor import Executor
+    from servers.handler import CallHandler
+    from swarmtune.discovery.dht import DirectoryNode
+    from swarmtune.discovery.records import check_address
+
+    span, info = _load(config)
+    for address in config.initial_peers:
+        check_address(address)
+    executor = Executor().start()
+    handler = CallHandler(info, span, executor)
+    directory = DirectoryNode()
+    node = await _start_node(config, parent)
+    try:
+        reachable = await _reach(node, config.initial_peers)
+        await directory.start(node.p2p, reachable, client=False)
+        await node.serve(handler)
+        from servers.announce import announce_forever
+
+        announcing = asyncio.create_task(announce_forever(node, directory, config.initial_peers, lambda: handler.info))
+        logger.info("serving blocks %s of %s in %s at %s", span.span, config.model, info.dtype, " ".join(node.addresses))
+        if parent is not None:
+            parent.tell(peer=node.peer_id, addresses=list(node.addresses))
+        await _until_told(handler)
+        announcing.cancel()
+    finally:
+        await directory.close()
+        await node.close()
+        executor.close(1.0)
+
+
+def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
+    """Everything heavy: the libraries, then the weights."""
+    import torch
+
+    import swarmtune
+    from servers.numeric import numeric_class, numeric_facts
+    from servers.span import Span
+    from servers.weights import load_blocks
+    from swarmtune.skeleton import check_identity, check_span, config_digest, load_config
+    from swarmtune.types import BlockSpan
+    from swarmtune.wire.messages import ServerInfo
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    model_config = load_config(config.model)
+    site = check_identity(model_config)
+    blocks = check_span(BlockSpan.parse(config.blocks), site.num_blocks)
+    dtype = (model_config.dtype or torch.float32) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
+    began = time.monotonic()
+    weights = load_blocks(config.model, model_config, site, blocks, dtype, device, lambda done, total: logger.info("loaded block %d of %d", done, total))
+    logger.info("blocks %s loaded in %.1f s", blocks, time.monotonic() - began)
+    digest = config_digest(model_config)
+    facts = numeric_facts(model_config, digest, dtype, device)
+    info = ServerInfo(
+        model=digest,
+        num_blocks=site.num_blocks,
+        span=blocks,
+        block_digests=weights.digests,
+        dtype=facts["dtype"],
+        numeric_class=numeric_class(facts),
+        numeric=facts,
+        version=swarmtune.__version__,
+        name=config.name,
+    )
+    return Span(model_config, site, blocks, weights, dtype, device), info
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``device=`` means.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available() or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name} is not available here: use device=auto or device=cpu")
+    return device
+
+
+async def _start_node(config: ServeConfig, parent: Parent | None) -> HivemindNode:
+    """Start the daemon; a fixed port may be held for a moment by the daemon of a server that has just died."""
+    from swarmtune.discovery.identity import Identity
+    from swarmtune.transport.hivemind import HivemindNode
+
+    identity = Identity.from_bytes(parent.identity) if parent else None
+    ends_at = time.monotonic() + PORT_WAIT_S
+    while True:
+        try:
+            return await HivemindNode(identity).start([config.listen_address])
+        except ServerStartFailed:
+            if not config.port or parent is None or time.monotonic() > ends_at:
+                raise
+        await asyncio.sleep(0.2)
+
+
+async def _reach(node: HivemindNode, addresses: tuple[str, ...]) -> list[str]:
+    """The initial peers that answer now; the announcer meets the others later."""
+    from swarmtune.discovery.records import peer_of
+    from swarmtune.transport.base import TransportError
+
+    others = [address for address in addresses if peer_of(address) != node.peer_id]
+    answers = await asyncio.gather(*(node.connect(address) for address in others), return_exceptions=True)
+    for address, answer in zip(others, answers, strict=True):
+        if isinstance(answer, TransportError):
+            logger.info("the initial peer %s does not answer yet", address)
+        elif isinstance(answer, BaseException):
+            raise answer
+    return [address for address, answer in zip(others, answers, strict=True) if isinstance(answer, str)]
+
+
+async def _until_told(handler: CallHandler) -> None:
+    """Wait for SIGTERM or Ctrl-C, then refuse new work and finish what is in flight; a second signal ends at once."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()
+    handler.draining = True
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, os._exit, 0)
+    ends_at = time.monotonic() + DRAIN_S
+    while handler.in_flight and time.monotonic() < ends_at:
+        await asyncio.sleep(0.05)
+    logger.info("stopped after %d calls", handler.calls)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of libraries may linger; everything of ours has been closed
