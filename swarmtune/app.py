@@ -80,11 +80,12 @@ def _fit(config: Config, run_dir: Path, swarm: swarmtune.Swarm, started: float) 
     module, data = load_recipe(config.recipe)(config, swarm)
     meter = Meter(swarm.traffic, started)
     trainer = build_trainer(config, run_dir, meter)
-    before = _validate(trainer, module, data, meter)
+    _say(config, f"ready after {time.monotonic() - started:.0f} s; {trainable_parameters(module):,} parameters learn")
     with _interruptible(trainer, module, run_dir):
+        before = _validate(trainer, module, data, meter)
         trainer.fit(module, datamodule=data)
-    steps = trainer.global_step
-    after = meter.val_losses[-1][1] if meter.val_losses and meter.val_losses[-1][0] == steps > 0 else _validate(trainer, module, data, meter)
+        steps = trainer.global_step
+        after = meter.val_losses[-1][1] if meter.val_losses and meter.val_losses[-1][0] == steps > 0 else _validate(trainer, module, data, meter)
 
     adapter_dir = run_dir / "adapter"
     _adapter(module).save_pretrained(adapter_dir)
@@ -105,7 +106,7 @@ def _fit(config: Config, run_dir: Path, swarm: swarmtune.Swarm, started: float) 
 
 def _summary(config: Config, module: LightningModule, meter: Meter) -> dict[str, Any]:
     """What was trained, and what it took."""
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    trainable = trainable_parameters(module)
     traffic = meter.traffic()
     path = resolve_path(config.model.path)
     return {
@@ -119,6 +120,11 @@ def _summary(config: Config, module: LightningModule, meter: Meter) -> dict[str,
         "bytes_down": traffic.bytes_down,
         "retries": traffic.retries,
     }
+
+
+def trainable_parameters(module: LightningModule) -> int:
+    """How many parameters learn."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _adapter(module: LightningModule) -> Any:
@@ -175,9 +181,10 @@ def _initial_peers(config: Config, run_dir: Path) -> Iterator[Callable[[], list[
         yield lambda: list(config.swarm.initial_peers)
         return
     path = resolve_path(config.model.path)
-    local = swarmtune.LocalSwarm(path, spans=server_spans(config, path), dtype=config.swarm.dtype.value, log_dir=run_dir / "servers")
-    local.start()
+    spans = server_spans(config, path)
+    _say(config, f"starting {len(spans)} server{'s' if len(spans) > 1 else ''} of {Path(path).name}, blocks {', '.join(spans)}")
     with ExitStack() as stack:
+        local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, log_dir=run_dir / "servers").start()
         stack.callback(local.close)
         _import_heavy()
 
@@ -185,6 +192,11 @@ def _initial_peers(config: Config, run_dir: Path) -> Iterator[Callable[[], list[
             return stack.enter_context(local).initial_peers
 
         yield ready
+
+
+def _say(config: Config, line: str) -> None:
+    if config.callbacks.progress is not ProgressKind.NONE:
+        print(line, flush=True)
 
 
 def _import_heavy() -> None:

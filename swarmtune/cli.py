@@ -98,8 +98,8 @@ def help_text() -> str:
 def _train(words: list[str], started: float) -> int:
     from swarmtune.config import load_config
 
-    config = load_config(words)
     _quieten()
+    config = load_config(words)
     from swarmtune.app import train
 
     _print_summary(train(config, started))
@@ -115,10 +115,10 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # not their parent: Lightning resets its level when imported
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for message in (r".*does not have many workers", r".*LeafSpec", r".*`lr_scheduler\.step\(\)` before `optimizer\.step\(\)`", r".*litlogger"):
+    for message in (r".*does not have many workers", r".*LeafSpec", r".*is_gradient_checkpointing"):
         warnings.filterwarnings("ignore", message=message)
 
 

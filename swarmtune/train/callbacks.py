@@ -37,7 +37,6 @@ class Traffic(Protocol):
         """Calls that had to be asked again."""
 
 
-
 class Meter(Callback):
     """Keeps losses, tokens and times of a run, and logs speed and traffic.
 

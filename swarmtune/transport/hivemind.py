@@ -7,7 +7,7 @@ daemon and removes its directory whenever this process goes away, however it goe
 from __future__ import annotations
 
 import asyncio
-import hivemind.hivemind_cli
+
 import logging
 import os
 import shutil
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hivemind.hivemind_cli
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
 from hivemind.utils.multiaddr import Multiaddr
@@ -129,7 +130,7 @@ class HivemindNode:
                 # The client object is hivemind's own; it has no public way to dial an address after the start.
                 await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(address.removesuffix(f"/p2p/{peer}"))])
         except (TimeoutError, *_FOREIGN) as error:
-            raise TransportError(f"peer {peer} cannot be reached at {address}") from error
+            raise TransportError(f"peer {peer} cannot be reached at {address}: {_brief(error)}") from error
         return peer
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
@@ -196,7 +197,13 @@ class HivemindNode:
             except TimeoutError as error:
                 raise TransportError(f"peer {peer} did not answer within {DIAL_TIMEOUT_S:.0f} s") from error
             except _FOREIGN as error:
-                raise TransportError(f"no stream to peer {peer}: {str(error)[:200]}") from error
+                raise TransportError(f"no stream to peer {peer}: {_brief(error)}") from error
             connection = Connection(reader, writer, peer=peer, limits=self._limits, traffic=self.traffic)
             self._connections[peer] = await connection.open()
             return connection
+
+
+def _brief(error: BaseException) -> str:
+    """The last and most telling clause of a daemon's error, on one line."""
+    text = " ".join(str(error).split())
+    return (text.rpartition("] ")[2] or text)[-160:] or "no answer in time"

@@ -81,8 +81,8 @@ class StandInSwarm:
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.closed = False
 
-    def start(self) -> None:
-        pass
+    def start(self) -> "StandInSwarm":
+        return self
 
     def close(self) -> None:
         self.closed = True
@@ -286,6 +286,18 @@ def test_ctrl_c_keeps_the_adapter_and_a_checkpoint(
         run_short(tiny_model, tmp_path / "run")
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "run" / "checkpoints" / "step=3" / "state.ckpt").exists()
+    assert all(item.closed for item in swarm)
+
+
+def test_ctrl_c_during_the_first_validation_is_no_exit_code_of_lightning(
+    tiny_model: Path, tmp_path: Path, swarm: list[StandInSwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: CausalLMModule, batch: dict, batch_idx: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CausalLMModule, "validation_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 0"):
+        run_short(tiny_model, tmp_path / "run")
     assert all(item.closed for item in swarm)
 
 
