@@ -43,6 +43,7 @@ class Executor:
     def __init__(self) -> None:
         self._queue: queue.PriorityQueue[_Job] = queue.PriorityQueue(MAX_QUEUED)
         self._numbers = itertools.count()
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="swarmtune-device", daemon=True)
 
     def start(self) -> Executor:
@@ -54,19 +55,26 @@ class Executor:
         """Run ``run`` on the device worker and await its result. A cancelled caller's job is dropped unless it has begun.
 
         Raises:
-            Busy: too many jobs wait.
+            Busy: too many jobs wait, or the worker has been closed.
             Expired: ``timeout_s`` passed before the job began.
         """
+        if self._closed:
+            raise Busy("this worker takes no more jobs")
         future: Future[T] = Future()
         job = _Job(priority, next(self._numbers), run, future, time.monotonic() + timeout_s)
         try:
             self._queue.put_nowait(job)
         except queue.Full as error:
             raise Busy(f"{MAX_QUEUED} jobs are waiting already") from error
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            job.run = _nothing  # the tensors of a dropped job must not stay until the worker comes to it
+            raise
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Finish the job that runs, drop the others, end the worker."""
+        self._closed = True
         while True:
             try:
                 self._queue.get_nowait().future.cancel()
@@ -80,12 +88,20 @@ class Executor:
             job = self._queue.get()
             if job.run is None:
                 return
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            if time.monotonic() > job.deadline:
-                job.future.set_exception(Expired("the caller's deadline passed before the work began"))
-                continue
-            try:
-                job.future.set_result(job.run())
-            except Exception as error:  # whatever it is, it fails this job only
-                job.future.set_exception(error)
+            self._do(job, job.run)
+            del job  # an idle worker must not hold the last job's tensors
+
+    def _do(self, job: _Job, run: Callable[[], Any]) -> None:
+        if not job.future.set_running_or_notify_cancel():
+            return
+        if time.monotonic() > job.deadline:
+            job.future.set_exception(Expired("the caller's deadline passed before the work began"))
+            return
+        try:
+            job.future.set_result(run())
+        except Exception as error:  # whatever it is, it fails this job only
+            job.future.set_exception(error)
+
+
+def _nothing() -> None:
+    """What a dropped job does."""

@@ -167,6 +167,8 @@ class Span:
     def _bind_block(self, program: Program, call: SpanCall, kwarg: CallKwarg, block: int, leaf: Tensor, bound: Bound) -> None:
         if kwarg.name == "prompt":
             _check_prompt(call, kwarg)
+            if block in bound.prompts:
+                raise KwargError(f"prompt is given twice for block {block}")
             bound.prompts[block] = leaf
             return
         family, _, name = kwarg.name.partition(".")

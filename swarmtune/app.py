@@ -52,10 +52,11 @@ def train(config: Config, started: float | None = None) -> dict[str, Any]:
         KeyboardInterrupt: Ctrl-C; its argument says where the adapter so far was saved.
     """
     started = time.monotonic() if started is None else started
+    spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL else []
     run_dir = make_run_dir(config)
     save_yaml(config, run_dir / "config.yaml")
     with ExitStack() as stack:
-        peers = stack.enter_context(_initial_peers(config, run_dir))
+        peers = stack.enter_context(_initial_peers(config, spans, run_dir))
         return _fit(config, run_dir, stack.enter_context(_connect(config, peers())), started)
 
 
@@ -172,7 +173,7 @@ def _interruptible(trainer: Trainer, module: LightningModule, run_dir: Path) -> 
 
 
 @contextmanager
-def _initial_peers(config: Config, run_dir: Path) -> Iterator[Callable[[], list[str]]]:
+def _initial_peers(config: Config, spans: list[str], run_dir: Path) -> Iterator[Callable[[], list[str]]]:
     """Start the bundled servers, if the config asks for them; what is given waits until they are ready and names them.
 
     Between the two the heavy libraries are imported, so that nobody waits for anybody.
@@ -181,10 +182,10 @@ def _initial_peers(config: Config, run_dir: Path) -> Iterator[Callable[[], list[
         yield lambda: list(config.swarm.initial_peers)
         return
     path = resolve_path(config.model.path)
-    spans = server_spans(config, path)
     _say(config, f"starting {len(spans)} server{'s' if len(spans) > 1 else ''} of {Path(path).name}, blocks {', '.join(spans)}")
     with ExitStack() as stack:
-        local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, log_dir=run_dir / "servers").start()
+        threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
+        local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=run_dir / "servers").start()
         stack.callback(local.close)
         _import_heavy()
 
@@ -236,7 +237,10 @@ def count_blocks(path: str) -> int:
         try:
             found = Path(huggingface_hub.hf_hub_download(path, "config.json"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"model {path}: its config.json cannot be fetched from the hub: {' '.join(str(error).split())[:300]}") from error
+            detail = " ".join(str(error).split())[:300]
+            raise UsageError(f"model {path}: no such directory here, and the hub did not give its config.json: {detail}") from error
+    if not found.is_file():
+        raise UsageError(f"model {path}: there is no config.json in this directory")
     try:
         values = json.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

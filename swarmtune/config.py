@@ -134,6 +134,8 @@ class SwarmConfig:
     """For ``local``: the blocks of each server, such as ``["0:3", "3:6"]``, instead of an even split; a span given twice is a replica."""
     dtype: Dtype = Dtype.FLOAT32
     """For ``local``: precision of the frozen blocks."""
+    threads: int | None = None
+    """For ``local``: threads of each server; if not given, the cores are shared out, because servers that compete for cores wait for each other."""
     micro_batch_tokens: int = 4096
     """Tokens per request; a larger batch is split, so that several requests are under way at once."""
     max_in_flight: int = 4
@@ -149,6 +151,7 @@ class SwarmConfig:
         _need(joining or not self.initial_peers, "initial_peers needs swarm=join")
         _need(not joining or self.spans is None, "spans needs swarm=local: servers of another swarm choose their own blocks")
         _need(self.servers >= 1, f"servers must be at least 1, got {self.servers}")
+        _need(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
         _need(self.spans is None or len(self.spans) > 0, 'spans must list at least one span, such as ["0:3", "3:6"]')
         for span in self.spans or ():
             try:

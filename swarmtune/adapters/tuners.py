@@ -54,8 +54,9 @@ def _build_lora(fields: Mapping[str, Any], modules: list[str]) -> PeftConfig:
     return LoraConfig(
         r=ranks[0],
         lora_alpha=alphas[0],
-        rank_pattern=dict(zip(patterns, ranks, strict=True)),
-        alpha_pattern=dict(zip(patterns, alphas, strict=True)),
+        # PEFT tries every pattern on every module: only the modules that differ get one.
+        rank_pattern={pattern: rank for pattern, rank in zip(patterns, ranks, strict=True) if rank != ranks[0]},
+        alpha_pattern={pattern: alpha for pattern, alpha in zip(patterns, alphas, strict=True) if alpha != alphas[0]},
         use_rslora=fields["rslora"],
         fan_in_fan_out=fields["fan_in_fan_out"],
         target_modules=list(modules),
@@ -80,6 +81,10 @@ def _build_ia3(fields: Mapping[str, Any], modules: list[str]) -> PeftConfig:
     )
 
 
+_FIELDS = {
+    "LORA": frozenset({"peft_type", "modules", "ranks", "alphas", "rslora", "fan_in_fan_out"}),
+    "IA3": frozenset({"peft_type", "modules", "feedforward", "fan_in_fan_out"}),
+}
 _TUNERS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Mapping[str, Any], list[str]], PeftConfig]]] = {
     "LORA": (_resolve_lora, _build_lora),
     "IA3": (_resolve_ia3, _build_ia3),
@@ -166,8 +171,10 @@ def rebuild(spec: AdapterSpec) -> PeftConfig:
         WireError: an unknown type, or fields that do not fit.
     """
     kind, modules = spec.config.get("peft_type"), spec.config.get("modules")
-    if kind not in _TUNERS:
+    if not isinstance(kind, str) or kind not in _TUNERS:
         raise WireError(f"adapters of type {str(kind)[:40]!r} are not supported by this server: it knows {', '.join(sorted(_TUNERS))}")
+    if unknown := set(spec.config) - _FIELDS[kind]:
+        raise WireError(f"an adapter configuration holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
     if not isinstance(modules, list) or not 0 < len(modules) <= MAX_MODULES or modules != sorted(set(map(str, modules))):
         raise WireError("an adapter configuration must list its modules, sorted, each once")
     if not all(_MODULE_NAME.fullmatch(module) for module in modules):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 
 import msgpack
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import get_dht_time
 
-from swarmtune.discovery.records import CLOCK_SKEW_S, MAX_RECORD_BYTES, Announcement
+from swarmtune.discovery.records import MAX_RECORD_BYTES, Announcement
 from swarmtune.errors import WireError
 
 logger = logging.getLogger(__name__)
@@ -62,14 +64,17 @@ def _read_dictionary(code: int, data: bytes) -> object:
         for entry in fields[2]:
             if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str) or not isinstance(entry[1], bytes):
                 raise WireError("a DHT dictionary entry is malformed")
-            dictionary.store(entry[0], entry[1], float(entry[2]))
+            expires_at = float(entry[2])
+            if not math.isfinite(expires_at):
+                raise WireError("a DHT dictionary entry has no expiry")
+            dictionary.store(entry[0], entry[1], expires_at)
         return dictionary
 
 
 class AnnouncementValidator(RecordValidatorBase):
-    """Accepts only our records, under their owner's subkey, with the expiry that the owner signed.
+    """Accepts only our records, under their model's key and their owner's subkey, with exactly the expiry that the owner signed.
 
-    So a stranger can neither fill a node with junk nor replace another server's record.
+    So a stranger can neither fill a node with junk nor replace another server's record, nor delay its renewal by a later expiry.
     """
 
     def validate(self, record: DHTRecord) -> bool:
@@ -83,7 +88,8 @@ class AnnouncementValidator(RecordValidatorBase):
         except (WireError, ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
             logger.debug("refused a DHT record: %s", error)
             return False
-        return announcement.peer == subkey and abs(record.expiration_time - announcement.expires_at) <= CLOCK_SKEW_S
+        key = DHTID.generate(source=dht_key(announcement.info.model)).to_bytes()
+        return record.key == key and subkey == announcement.peer and record.expiration_time == announcement.expires_at
 
 
 def dht_key(model: str) -> str:

@@ -13,6 +13,7 @@ def draw_loss_curve(path: Path, train: Curve, val: Curve, title: str) -> None:
     """Write a PNG: training loss as a line with its running mean, held-out loss as points."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -24,6 +25,7 @@ def draw_loss_curve(path: Path, train: Curve, val: Curve, title: str) -> None:
     if val:
         axes.plot([step for step, _ in val], [loss for _, loss in val], "o-", color="C1", label="held-out")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()

@@ -22,6 +22,10 @@ FEATURES: tuple[str, ...] = ()
 HANDSHAKE_TIMEOUT_S = 10.0
 PING_EVERY_S = 2.0
 SILENCE_S = 8.0
+STALL_S = 60.0
+"""How long a message under way may stand still, in either direction."""
+FLUSH_S = 2.0
+MAX_CONTROL = 1024
 WRITE_BUFFER_BYTES = 1 << 20
 JOIN_BYTES = 1 << 16
 
@@ -37,7 +41,7 @@ def agree(hello: dict[str, Any]) -> tuple[int, frozenset[str]]:
         raise WireError("a hello must list protocol versions and features")
     common = [version for version in PROTOCOL_VERSIONS if version in versions]
     if not common:
-        theirs = ", ".join(str(version)[:20] for version in versions[:8])
+        theirs = ", ".join(f"{version!r:.20}" for version in versions[:8])
         raise WireError(f"the peer speaks protocol versions [{theirs}], this side speaks {list(PROTOCOL_VERSIONS)}: update the older of the two")
     return max(common), frozenset(FEATURES) & {feature for feature in features if isinstance(feature, str)}
 
@@ -66,10 +70,18 @@ class Connection:
         self._waiting: dict[int, asyncio.Future[Incoming]] = {}
         self._partial: dict[int, Incoming] = {}
         self._answering: dict[int, asyncio.Task[None]] = {}
+        self._control: dict[tuple[FrameKind, int], None] = {}
+        self._flushing = False
+        self._slots = asyncio.Semaphore(max(1, self._limits.open_messages // 2))  # the peer has no more than twice as many
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard_at = time.monotonic()
         self._failure: TransportError | None = None
         self.closed = asyncio.Event()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Monotonic instant of the last frame; ``None`` while something is under way."""
+        return None if self._partial or self._answering or self._waiting else self._heard_at
 
     async def open(self) -> Connection:
         """Shake hands, then start to read.
@@ -88,15 +100,18 @@ class Connection:
                 if prefix.kind is not FrameKind.HELLO:
                     raise WireError("the peer did not begin with a hello")
                 agree(parse_json(payload))
-        except (WireError, OSError, EOFError, TimeoutError) as error:
-            detail = str(error) or "no handshake in time"
+        except (WireError, OSError, EOFError) as error:
+            detail = "it ended the stream" if isinstance(error, EOFError) else str(error) or "no handshake in time"
             if isinstance(error, WireError):
                 await self._goodbye(detail)
-            self._writer.close()
-            self.closed.set()
-            raise TransportError(f"no connection to peer {self.peer}: {detail}") from error
+            failure = TransportError(f"no connection to peer {self.peer}: {detail}")
+            self._fail(failure)
+            raise failure from error
+        except asyncio.CancelledError:
+            self._fail(TransportError(f"the connection to peer {self.peer} was given up"))
+            raise
         self._start(self._read_loop())
-        self._start(self._ping_loop())
+        self._start(self._watch_loop())
         return self
 
     async def request(self, request: Encoded, timeout_s: float) -> Incoming:
@@ -106,12 +121,12 @@ class Connection:
             TransportError: the stream ended, the peer went silent, or ``timeout_s`` passed.
         """
         if self._failure is not None:
-            raise self._failure
+            raise TransportError(str(self._failure))
         request_id, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s), self._slots:
                 sending = asyncio.ensure_future(self._send_message(FrameKind.CALL, request_id, request))
                 try:
                     await asyncio.wait((sending, future), return_when=asyncio.FIRST_COMPLETED)
@@ -122,15 +137,17 @@ class Connection:
                     sending.cancel()
                     await asyncio.gather(sending, return_exceptions=True)
         except TimeoutError as error:
-            self._start(self._cancel_remote(request_id))
+            self._post(FrameKind.CANCEL, request_id)
             raise TransportError(f"peer {self.peer} did not answer within {timeout_s:.1f} s") from error
         except asyncio.CancelledError:
-            self._start(self._cancel_remote(request_id))
+            self._post(FrameKind.CANCEL, request_id)
             raise
         except OSError as error:
             raise TransportError(f"the connection to peer {self.peer} broke: {error}") from error
         finally:
-            self._waiting.pop(request_id, None)
+            del self._waiting[request_id]
+            if future.done() and not future.cancelled():
+                future.exception()  # it may have failed in the moment in which the caller gave up
 
     async def close(self) -> None:
         """Stop reading, cancel what is being answered, close the stream."""
@@ -148,19 +165,24 @@ class Connection:
         return task
 
     def _fail(self, failure: TransportError) -> None:
-        """End the stream once; every open request fails with ``failure``."""
-        if self._failure is None:
-            self._failure = failure
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(failure)
-            for partial in self._partial.values():
-                self._budget.release(len(partial.body))
-            self._partial.clear()
-            for task in self._answering.values():
+        """End the stream and all its tasks, once; every open request fails with ``failure``."""
+        if self._failure is not None:
+            return
+        self._failure = failure
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(TransportError(str(failure)))
+        for partial in self._partial.values():
+            self._budget.release(partial.held_bytes)
+        self._partial.clear()
+        current = asyncio.current_task()
+        for task in (*self._tasks, *self._answering.values()):
+            if task is not current:
                 task.cancel()
-            self._writer.close()
-            self.closed.set()
+        self._writer.close()
+        # To close waits until the peer has taken what is buffered, which a silent one never does.
+        asyncio.get_running_loop().call_later(FLUSH_S, self._writer.transport.abort)
+        self.closed.set()
 
     async def _read_frame(self) -> tuple[Prefix, bytes]:
         prefix = Prefix.unpack(await self._reader.readexactly(PREFIX.size))
@@ -171,17 +193,19 @@ class Connection:
 
     async def _read_loop(self) -> None:
         try:
-            while True:
-                prefix, payload = await self._read_frame()
-                await self._dispatch(prefix, payload)
+            while self._failure is None:
+                self._dispatch(*await self._read_frame())
         except WireError as error:
             logger.warning("peer %s: %s", self.peer, error)
             await self._goodbye(str(error))
             self._fail(TransportError(f"peer {self.peer} broke the protocol: {error}"))
         except (OSError, EOFError) as error:
-            self._fail(TransportError(f"the connection to peer {self.peer} ended ({type(error).__name__})"))
+            reason = str(error) if isinstance(error, OSError) and str(error) else "the stream was cut"
+            self._fail(TransportError(f"the connection to peer {self.peer} ended: {reason}"))
+        finally:
+            self._fail(TransportError(f"the connection to peer {self.peer} ended: nobody reads it any more"))
 
-    async def _dispatch(self, prefix: Prefix, payload: bytes) -> None:
+    def _dispatch(self, prefix: Prefix, payload: bytes) -> None:
         match prefix.kind:
             case FrameKind.CALL | FrameKind.REPLY:
                 self._begin(prefix, payload)
@@ -195,9 +219,9 @@ class Connection:
             case FrameKind.CANCEL:
                 self._abandon(prefix.request_id)
             case FrameKind.PING:
-                self._start(self._quietly(FrameKind.PONG))
+                self._post(FrameKind.PONG)
             case FrameKind.GOODBYE:
-                raise ConnectionError(_printable(payload))
+                raise ConnectionError(f"it said: {_printable(payload)}")
             case FrameKind.HELLO:
                 raise WireError("a second hello")
             case FrameKind.PONG:
@@ -218,7 +242,7 @@ class Connection:
     def _abandon(self, request_id: int) -> None:
         """The peer gave up a message: ours that it awaited, or its own that it began."""
         if partial := self._partial.pop(request_id, None):
-            self._budget.release(len(partial.body))
+            self._budget.release(partial.held_bytes)
         if task := self._answering.get(request_id):
             task.cancel()
         future = self._waiting.get(request_id)
@@ -235,26 +259,31 @@ class Connection:
         if incoming.kind is FrameKind.CALL:
             task = asyncio.create_task(self._answer(incoming))
             self._answering[incoming.request_id] = task
+            task.add_done_callback(lambda task: self._answered(incoming, task))
             return
-        self._budget.release(len(incoming.body))
+        self._budget.release(incoming.held_bytes)
         future = self._waiting.get(incoming.request_id)
         if future is not None and not future.done():
             future.set_result(incoming)
 
     async def _answer(self, incoming: Incoming) -> None:
         assert self._handler is not None
+        reply = await self._handler(self.peer, incoming)
         try:
-            reply = await self._handler(self.peer, incoming)
             await self._send_message(FrameKind.REPLY, incoming.request_id, reply)
         except OSError as error:
             self._fail(TransportError(f"the connection to peer {self.peer} broke: {error}"))
         except asyncio.CancelledError:
-            if self._failure is None:
-                self._start(self._cancel_remote(incoming.request_id))
+            self._post(FrameKind.CANCEL, incoming.request_id)  # it may hold a part of the answer
             raise
-        finally:
-            self._budget.release(len(incoming.body))
-            self._answering.pop(incoming.request_id, None)
+
+    def _answered(self, incoming: Incoming, task: asyncio.Task[None]) -> None:
+        """Clean up after an answer; a callback, because a task that is cancelled before its first step runs no line of its own."""
+        self._budget.release(incoming.held_bytes)
+        del self._answering[incoming.request_id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a call of peer %s ended without an answer", self.peer, exc_info=error)
+            self._fail(TransportError(f"the connection to peer {self.peer} ended: a call could not be answered"))
 
     async def _send_message(self, kind: FrameKind, request_id: int, message: Encoded) -> None:
         """Write each frame under the lock, so that messages interleave; a small message goes out in one write."""
@@ -277,37 +306,60 @@ class Connection:
         for part in parts:
             self._writer.write(part)
             self._traffic.bytes_up += len(part)
-        await self._writer.drain()
-
-    async def _quietly(self, kind: FrameKind, request_id: int = 0) -> None:
         try:
-            await self._send_frame(kind, b"", request_id)
+            async with asyncio.timeout(STALL_S):
+                await self._writer.drain()
+        except TimeoutError as error:
+            self._fail(TransportError(f"peer {self.peer} has taken no data for {STALL_S:.0f} s"))
+            raise ConnectionError(str(self._failure)) from error
+
+    def _post(self, kind: FrameKind, request_id: int = 0) -> None:
+        """Send a frame without payload as soon as possible. Each waits at most once, so that a peer cannot pile them up here."""
+        if self._failure is not None:
+            return
+        self._control[kind, request_id] = None
+        if len(self._control) > MAX_CONTROL:
+            self._fail(TransportError(f"peer {self.peer} sends much and takes nothing"))
+        elif not self._flushing:
+            self._flushing = True
+            self._start(self._flush_control())
+
+    async def _flush_control(self) -> None:
+        try:
+            while self._control:
+                kind, request_id = next(iter(self._control))
+                del self._control[kind, request_id]
+                await self._send_frame(kind, b"", request_id)
         except OSError as error:
             self._fail(TransportError(f"the connection to peer {self.peer} broke: {error}"))
-
-    async def _cancel_remote(self, request_id: int) -> None:
-        await self._quietly(FrameKind.CANCEL, request_id)
+        finally:
+            self._flushing = False
 
     async def _goodbye(self, detail: str) -> None:
         try:
             async with asyncio.timeout(1.0):
-                await self._send_frame(FrameKind.GOODBYE, detail.encode()[:1000])
+                await self._send_frame(FrameKind.GOODBYE, detail.encode("utf-8", "replace")[:1000])
         except (OSError, TimeoutError) as error:
             logger.debug("no goodbye to %s: %s", self.peer, error)
 
-    async def _ping_loop(self) -> None:
-        """While an answer is awaited, make sure that the peer's process is alive."""
-        while True:
+    async def _watch_loop(self) -> None:
+        """While an answer is awaited, make sure that the peer's process is alive; while a message comes in, that it goes on."""
+        while self._failure is None:
             await asyncio.sleep(PING_EVERY_S)
-            if not self._waiting:
-                continue
-            asked_at = time.monotonic()
-            self._start(self._quietly(FrameKind.PING))
-            while self._waiting and self._heard_at < asked_at:
-                if time.monotonic() - asked_at > SILENCE_S:
-                    self._fail(TransportError(f"peer {self.peer} has been silent for {SILENCE_S:.0f} s"))
-                    return
-                await asyncio.sleep(0.1)
+            now = time.monotonic()
+            if any(now - partial.moved_at > STALL_S for partial in self._partial.values()):
+                self._fail(TransportError(f"peer {self.peer} stopped in the middle of a message"))
+            elif self._waiting:
+                await self._ping()
+
+    async def _ping(self) -> None:
+        asked_at = time.monotonic()
+        self._post(FrameKind.PING)
+        while self._waiting and self._heard_at < asked_at:
+            if time.monotonic() - asked_at > SILENCE_S:
+                self._fail(TransportError(f"peer {self.peer} has been silent for {SILENCE_S:.0f} s"))
+                return
+            await asyncio.sleep(0.1)
 
 
 def _printable(payload: bytes) -> str:

@@ -100,9 +100,12 @@ class HivemindNode:
         """Answer calls from other peers with ``handler``."""
 
         async def on_stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if len(self._served) >= MAX_CONNECTIONS:
-                writer.close()
-                return
+            if len(self._served) >= MAX_CONNECTIONS:  # the longest idle one makes room, so that idle strangers cannot shut others out
+                idle = {served: since for served in self._served if (since := served.idle_since) is not None}
+                if not idle:
+                    writer.close()
+                    return
+                await min(idle, key=idle.__getitem__).close()
             peer = info.peer_id.to_base58()
             connection = Connection(
                 reader, writer, peer=peer, handler=handler, limits=self._limits, budget=self._budget, traffic=self.traffic
@@ -136,7 +139,11 @@ class HivemindNode:
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """See ``Transport.call``."""
         deadline = time.monotonic() + timeout_s
-        connection = await self._connection(peer)
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._connection(peer)
+        except TimeoutError as error:
+            raise TransportError(f"no stream to peer {peer} within {timeout_s:.1f} s") from error
         return await connection.request(request, max(0.001, deadline - time.monotonic()))
 
     async def close(self) -> None:

@@ -51,11 +51,11 @@ def decode(incoming: Incoming) -> Message:
     """Read a complete message; its tensors share the received buffer.
 
     Raises:
-        WireError: the header has no kind or no fields.
+        WireError: the header does not hold exactly a kind and fields.
     """
     kind, fields = incoming.header.get("kind"), incoming.header.get("fields")
-    if not isinstance(kind, str) or not 0 < len(kind) <= 64 or not isinstance(fields, dict):
-        raise WireError("a message header must hold a kind and fields")
+    if len(incoming.header) != 2 or not isinstance(kind, str) or not 0 < len(kind) <= 64 or not isinstance(fields, dict):
+        raise WireError("a message header must hold a kind and fields, and nothing else")
     tensors, offset = {}, 0
     for spec in incoming.specs:
         tensors[spec.name] = tensor_from(spec, incoming.body, offset)

@@ -7,7 +7,9 @@ body size and checksum). Without its trailer a message is a failure, never a sho
 from __future__ import annotations
 
 import json
+import math
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from enum import IntEnum
 from typing import Any
 
 from swarmtune.errors import WireError
-from swarmtune.wire.tensors import TensorSpec
+from swarmtune.wire.tensors import TensorSpec, allocate
 
 MAGIC = b"sw"
 VERSION = 1
@@ -23,6 +25,8 @@ PREFIX = struct.Struct("<2sBBIQ")
 TRAILER = struct.Struct("<QI")
 CHUNK_BYTES = 1 << 18
 MAX_PAYLOAD = 1 << 20
+HEADER_WEIGHT = 32
+"""What a parsed header holds in memory, at worst, per byte of its JSON: an empty object is three bytes there and eighty here."""
 _ZEROS = bytes(64)
 
 
@@ -127,8 +131,12 @@ def parse_json(data: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> float:
         raise WireError(f"a header holds {constant}")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if math.isfinite(number) else refuse("a number too large for a float")
+
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise WireError(f"a header is not JSON: {type(error).__name__}") from error
     if not isinstance(parsed, dict):
@@ -165,16 +173,22 @@ class Budget:
 
 @dataclass(slots=True)
 class Incoming:
-    """A message being received: checked head, then data, then the trailer."""
+    """A message being received: checked head, then data, then the trailer.
+
+    Attributes:
+        held_bytes: what it took from the budget, for whoever drops it to give back.
+        moved_at: monotonic instant of its last byte.
+    """
 
     kind: FrameKind
     request_id: int
-    raw_header: bytes
     header: dict[str, Any]
     specs: tuple[TensorSpec, ...]
-    body: bytearray
+    body: memoryview
+    held_bytes: int
+    checksum: int
     received: int = 0
-    checksum: int = field(default=0)
+    moved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget) -> Incoming:
@@ -195,8 +209,14 @@ class Incoming:
         size = sum(spec.padded_bytes for spec in specs)
         if size > limits.message_bytes:
             raise WireError(f"a message of {size} bytes is over the limit of {limits.message_bytes}")
-        budget.reserve(size)
-        return cls(prefix.kind, prefix.request_id, payload, header, specs, bytearray(size), 0, zlib.crc32(payload))
+        held_bytes = size + HEADER_WEIGHT * len(payload)
+        budget.reserve(held_bytes)
+        try:
+            body = allocate(size)
+        except WireError:
+            budget.release(held_bytes)
+            raise
+        return cls(prefix.kind, prefix.request_id, header, specs, body, held_bytes, zlib.crc32(payload))
 
     def data(self, payload: bytes) -> None:
         """Append one data frame.
@@ -207,8 +227,10 @@ class Incoming:
         end = self.received + len(payload)
         if end > len(self.body):
             raise WireError(f"a message carries more than the {len(self.body)} bytes that it declared")
+        if not payload:
+            raise WireError("a data frame carries nothing")
         self.body[self.received : end] = payload
-        self.received = end
+        self.received, self.moved_at = end, time.monotonic()
         self.checksum = zlib.crc32(payload, self.checksum)
 
     def end(self, payload: bytes) -> None:

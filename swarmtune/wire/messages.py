@@ -13,7 +13,7 @@ from torch import Tensor
 from swarmtune.errors import UsageError, WireError
 from swarmtune.types import AXES, Axis, BlockSpan
 from swarmtune.wire.codec import Message
-from swarmtune.wire.frames import dump_json
+from swarmtune.wire.frames import WireLimits, dump_json
 
 MAX_DETAIL = 2000
 
@@ -44,8 +44,8 @@ DETERMINISTIC = frozenset({FaultCode.BAD_REQUEST, FaultCode.UNSUPPORTED, FaultCo
 
 
 def _text(value: object, what: str, limit: int = 256) -> str:
-    if not isinstance(value, str) or len(value) > limit:
-        raise WireError(f"{what} must be a string of at most {limit} characters")
+    if not isinstance(value, str) or len(value) > limit or not value.isprintable():
+        raise WireError(f"{what} must be a string of at most {limit} printable characters")
     return value
 
 
@@ -82,7 +82,10 @@ class AdapterSpec:
         """Check what a peer sent; the digest is computed here, never believed."""
         if not isinstance(value, dict):
             raise WireError("an adapter configuration must be an object")
-        return cls.of(value)
+        try:
+            return cls.of(value)
+        except (ValueError, RecursionError) as error:
+            raise WireError("an adapter configuration is nested too deeply") from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +115,17 @@ class CallKwarg:
         if not isinstance(requires_grad, bool) or (requires_grad and not tensor.is_floating_point()):
             raise WireError(f"kwarg {name!r}: only a floating-point tensor can ask for a gradient")
         return cls(name, tensor, checked, _span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
+
+
+_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad"})
+
+
+def _check_answer_size(hidden: Tensor, kwargs: tuple[CallKwarg, ...]) -> None:
+    """A gradient per block can make an answer many times as large as its call: refuse before computing what could not be sent."""
+    size = hidden.nbytes + sum(len(kwarg.blocks) * kwarg.tensor.nbytes for kwarg in kwargs if kwarg.requires_grad)
+    limit = WireLimits().message_bytes
+    if size > limit:
+        raise WireError(f"the answer to this call would have {size} bytes, over the limit of {limit}: use a smaller micro_batch_tokens or shorter spans")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,6 +174,8 @@ class SpanCall:
             WireError: anything missing, superfluous, of the wrong type or shape.
         """
         fields, tensors = message.fields, dict(message.tensors)
+        if unknown := set(fields) - _CALL_FIELDS:  # to ignore what a newer client asks for would be silently wrong
+            raise WireError(f"a call holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
         hidden = tensors.pop("hidden", None)
         if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point() or 0 in hidden.shape:
             raise WireError("a call needs a floating-point tensor 'hidden' of shape (batch, sequence, hidden)")
@@ -175,11 +191,13 @@ class SpanCall:
         if not isinstance(input_grad, bool):
             raise WireError("input_grad must be true or false")
         adapter = fields.get("adapter")
+        kwargs = tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries))
+        _check_answer_size(hidden, kwargs if grad is not None else ())
         return cls(
             span=_span(fields.get("span"), "span"),
             model=_text(fields.get("model"), "model"),
             hidden_BTH=hidden,
-            kwargs=tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries)),
+            kwargs=kwargs,
             adapter=None if adapter is None else AdapterSpec.from_json(adapter),
             grad_BTH=grad,
             input_grad=input_grad,
@@ -254,8 +272,9 @@ class Fault:
     def from_message(cls, message: Message) -> Fault:
         """Check a peer's fault; an unknown code counts as internal, and unprintable characters are replaced."""
         code = _text(message.fields.get("code"), "code")
-        detail = _text(message.fields.get("detail"), "detail", MAX_DETAIL)
-        block = message.fields.get("block")
+        detail, block = message.fields.get("detail"), message.fields.get("block")
+        if not isinstance(detail, str) or len(detail) > MAX_DETAIL:
+            raise WireError(f"detail must be a string of at most {MAX_DETAIL} characters")
         printable = "".join(character if character.isprintable() else " " for character in detail)
         known = FaultCode(code) if code in FaultCode._value2member_map_ else FaultCode.INTERNAL
         return cls(known, printable, None if block is None else _integer(block, "block", 0, 1 << 20))

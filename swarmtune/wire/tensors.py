@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from enum import IntEnum
@@ -57,10 +58,7 @@ class TensorSpec:
     @property
     def payload_bytes(self) -> int:
         """Size of the raw data, without padding."""
-        count = 1
-        for dimension in self.shape:
-            count *= dimension
-        return count * _TORCH[self.dtype].itemsize
+        return math.prod(self.shape) * _TORCH[self.dtype].itemsize
 
     @property
     def padded_bytes(self) -> int:
@@ -101,6 +99,8 @@ class TensorSpec:
             raise WireError(f"tensor {name!r}: a shape must be a list of at most {MAX_RANK} dimensions")
         if any(type(dimension) is not int or not 0 <= dimension <= MAX_DIMENSION for dimension in shape):
             raise WireError(f"tensor {name!r}: dimensions must be integers from 0 to 2**40")
+        if math.prod(max(1, dimension) for dimension in shape) > MAX_DIMENSION:  # an empty tensor too: its strides would overflow
+            raise WireError(f"tensor {name!r}: its dimensions multiply to more than 2**40")
         return cls(name, WireDtype(code), tuple(shape))
 
 
@@ -117,7 +117,23 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()).cast("B")
 
 
-def tensor_from(spec: TensorSpec, buffer: bytearray | memoryview, offset: int) -> Tensor:
+def allocate(size: int) -> memoryview:
+    """A writable buffer of ``size`` bytes for a body.
+
+    Its pages cost memory only once data arrive, and its tensors lie at whole multiples of ``ALIGNMENT``: some kernels give other last bits elsewhere.
+
+    Raises:
+        WireError: there is not so much memory.
+    """
+    if not size:
+        return memoryview(bytearray())
+    try:
+        return memoryview(torch.empty(size, dtype=torch.uint8).numpy())
+    except RuntimeError as error:
+        raise WireError(f"there is no memory for a message of {size} bytes") from error
+
+
+def tensor_from(spec: TensorSpec, buffer: memoryview, offset: int) -> Tensor:
     """A tensor over ``buffer[offset:]`` without a copy; it owns a reference to ``buffer``."""
     dtype = _TORCH[spec.dtype]
     count = spec.payload_bytes // dtype.itemsize

@@ -1,7 +1,7 @@
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,13 @@ def test_help_is_light_and_names_the_recipes(tmp_path: Path) -> None:
     assert done.stdout.endswith("[]\n")
 
 
-def test_help_is_quick(tmp_path: Path) -> None:
+def test_help_takes_little_time_of_a_core(tmp_path: Path) -> None:
     times = []
     for _ in range(3):
-        before = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run("--help", cwd=tmp_path)
-        times.append(time.monotonic() - before)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.4
 
 

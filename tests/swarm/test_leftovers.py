@@ -1,0 +1,89 @@
+"""Nothing stays behind: no process, no socket, no directory, however a run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.swarm
+
+PROGRAM = """
+import os, signal, sys, time
+import torch, swarmtune
+model, ending = sys.argv[1:]
+with swarmtune.LocalSwarm(model, ["0:2", "2:4"], dtype="float32") as local:
+    with swarmtune.connect(local.initial_peers) as swarm:
+        remote = swarmtune.load_causal_lm(model, swarm)
+        remote(input_ids=torch.tensor([[4, 5, 6]]))
+        print("ready", *[server.pid for server in local.servers], flush=True)
+        if ending == "exception":
+            raise ValueError("on purpose")
+        if ending != "normal":
+            time.sleep(60)
+"""
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def directories() -> set[str]:
+    return {str(path) for path in Path("/tmp").glob("swarmtune-*") if not path.name.startswith("swarmtune-bench")}
+
+
+@pytest.mark.parametrize("ending", ["normal", "exception", "ctrl-c", "sigkill"])
+def test_no_process_socket_or_directory_is_left(bloom: Path, tmp_path: Path, ending: str) -> None:
+    before = directories()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(bloom), ending], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().split()
+    assert line[:1] == ["ready"]
+    family = descendants(process.pid)
+    assert len(family) >= 2 + 3 * 2, "two servers, and a keeper with its daemon for each of three nodes"
+    assert directories() - before
+    if ending == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+    elif ending == "sigkill":
+        process.kill()
+    process.wait(30)
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and (any(_runs(child) for child in family) or directories() - before):
+        time.sleep(0.1)
+    assert [child.pid for child in family if _runs(child)] == []
+    assert directories() - before == set()
+    assert (process.returncode == 0) is (ending == "normal")
+    process.stdout.close()
+
+
+def test_killed_server_leaves_no_daemon_and_no_directory(bloom: Path) -> None:
+    import swarmtune
+
+    before = directories()
+    with swarmtune.LocalSwarm(bloom, ["0:4"]) as local:
+        family = descendants(local.servers[0].pid)
+        assert len(family) == 2
+        os.kill(local.servers[0].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and (any(_runs(child) for child in family) or directories() - before):
+            time.sleep(0.1)
+        assert not any(_runs(child) for child in family)
+        assert directories() - before == set()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
