@@ -35,7 +35,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast,
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "swarmtune" / "assets" / "pocket_bloom"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 240, 4, 4
+VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 224, 4, 4
 SEQUENCE_TOKENS = 256
 OVERLAP_WORDS = 13
 """A run of this many words shared with the topics counts as a copy (the length in GPT-3's decontamination)."""
@@ -128,6 +128,7 @@ def main() -> None:
         fresh = Path(staging) / "new"
         tokenizer.save_pretrained(fresh)
         model.to(torch.bfloat16).save_pretrained(fresh)
+        (fresh / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         stored = BloomForCausalLM.from_pretrained(fresh, dtype=torch.float32)
         result = Result(stored.num_parameters(), len(train_N), len(held_out_N), evaluate(stored, held_out_N, settings))
         write_measurements(fresh / "pretraining.csv", measurements)
@@ -289,7 +290,7 @@ def train(model: BloomForCausalLM, train_N: Tensor, held_out_N: Tensor, settings
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, settings.steps // 20), settings.steps)
     batches = sample_batches(train_N, settings.batch)
     first_loss = evaluate(model, held_out_N, settings)
-    measurements = [Measurement(0, 0, 0.0, 0.0, first_loss, first_loss)]
+    measurements = [Measurement(0, 0, 0.0, 0.0, math.nan, first_loss)]
     losses: list[float] = []
     tokens = 0
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -358,7 +359,7 @@ def write_measurements(path: Path, measurements: list[Measurement]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(Measurement))
-        writer.writerows(astuple(row) for row in measurements)
+        writer.writerows([round(value, 8) for value in astuple(row)] for row in measurements)
 
 
 def plot_losses(path: Path, measurements: list[Measurement]) -> None:
@@ -423,8 +424,8 @@ The figures behind the curve are in `pretraining.csv`.
 |---|---|
 | docstrings and comments | {corpus.prose_chars:,} characters |
 | source of {SOURCE_PERCENT} % of the files, tests aside | {corpus.source_chars:,} characters |
-| trained on | {result.train_tokens:,} tokens ({last.tokens / result.train_tokens:.1f} passes) |
-| held out, {HELD_OUT_PERCENT} % of the files by a hash of their path | {result.held_out_tokens:,} tokens |
+| train split | {result.train_tokens:,} tokens ({last.tokens / result.train_tokens:.1f} passes) |
+| held-out split, {HELD_OUT_PERCENT} % of the files by a hash of their path | {result.held_out_tokens:,} tokens |
 
 `pydoc_data.topics`, the text that swarmtune fine-tunes on first, is not in it: {corpus.dropped_paragraphs} paragraphs that shared
 {OVERLAP_WORDS} words in a row with it were dropped, and the script stops if one such run of words is left.

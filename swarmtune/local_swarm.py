@@ -111,7 +111,10 @@ class LocalServer:
         while not line.endswith(b"\n"):
             if not select.select([self._channel], [], [], max(0.0, ends_at - time.monotonic()))[0]:
                 raise ServerStartFailed(f"the server of blocks {self.span} was not ready within {timeout_s:.0f} s: {self._tail()}")
-            received = self._channel.recv(4096)
+            try:
+                received = self._channel.recv(4096)
+            except ConnectionError:
+                received = b""
             if not received:
                 raise ServerStartFailed(f"the server of blocks {self.span} ended before it was ready: {self._tail()}")
             line += received

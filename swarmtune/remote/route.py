@@ -94,16 +94,22 @@ class Directory:
             BlocksUnserved: nobody usable holds some of them.
         """
         usable = [peer for peer in self.known.values() if peer.usable()]
-        classes = sorted({peer.info.numeric_class for peer in usable}, key=lambda name: (name != self._numeric_class, name))
+        # A peer that failed is asked again only when it has described itself since, or when nobody else is there.
+        for candidates in ([peer for peer in usable if not peer.faults], usable):
+            hops = self._route_among(candidates, start, stop, tokens)
+            if hops is not None:
+                return hops
+        raise self._unserved(start, stop)
+
+    def _route_among(self, candidates: list[Peer], start: int, stop: int, tokens: int) -> list[Hop] | None:
+        classes = sorted({peer.info.numeric_class for peer in candidates}, key=lambda name: (name != self._numeric_class, name))
         for numeric_class in classes:
-            hops = _cheapest([peer for peer in usable if peer.info.numeric_class == numeric_class], start, stop, tokens)
+            hops = _cheapest([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens)
             if hops is not None:
                 self._prefer(numeric_class)
                 return hops
-        hops = _cheapest(usable, start, stop, tokens)
-        if hops is None:
-            raise self._unserved(usable, start, stop)
-        if self._numeric_class != "mixed":
+        hops = _cheapest(candidates, start, stop, tokens)
+        if hops is not None and self._numeric_class != "mixed":
             self._numeric_class = "mixed"
             logger.warning("the servers compute in different numeric classes: results can differ from a quiet run in the last digits")
         return hops
@@ -153,6 +159,7 @@ class Directory:
             self.known[name] = Peer(name, info, rtt_s)
         else:
             peer.info, peer.rtt_s = info, rtt_s
+            peer.faults //= 2  # it answers again, so it is forgiven step by step
 
     def _check_weights(self) -> None:
         """Servers of one block must hold the same weights; otherwise nobody knows which are right."""
@@ -163,13 +170,13 @@ class Directory:
                 if digest != expected:
                     raise SwarmMismatch(f"servers {name} and {peer.name} hold different weights for block {block}: connect to servers of one model only")
 
-    def _unserved(self, usable: list[Peer], start: int, stop: int) -> BlocksUnserved:
-        spans = [peer.info.span for peer in usable]
-        missing = [hole for span in gaps(spans, self.num_blocks) if (hole := span.overlap(BlockSpan(start, stop)))]
-        served = "; ".join(f"{peer.info.span} by {peer.info.name or peer.name}" for peer in sorted(usable, key=lambda peer: (peer.info.span, peer.name)))
-        detail = f"nobody serves blocks {', '.join(map(str, missing))} of 0:{self.num_blocks}; "
+    def _unserved(self, start: int, stop: int) -> BlocksUnserved:
+        trusted = sorted((peer for peer in self.known.values() if not peer.faults), key=lambda peer: (peer.info.span, peer.name))
+        missing = [hole for span in gaps([peer.info.span for peer in trusted], self.num_blocks) if (hole := span.overlap(BlockSpan(start, stop)))]
+        served = "; ".join(f"{peer.info.span} by {peer.info.name or peer.name}" for peer in trusted)
+        detail = f"nobody serves blocks {', '.join(map(str, missing or [BlockSpan(start, stop)]))} of 0:{self.num_blocks}; "
         detail += f"served: {served}" if served else "no server of this model answers"
-        if self._others and not usable:
+        if self._others and not trusted:
             detail += f" (peers serve {', '.join(sorted(set(self._others.values())))}, this model is {self.model} with {self.num_blocks} blocks)"
         return BlocksUnserved(detail, tuple(missing))
 

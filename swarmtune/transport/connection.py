@@ -157,6 +157,7 @@ class Connection:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await close_writer(self._writer)
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -243,7 +244,9 @@ class Connection:
         """The peer gave up a message: ours that it awaited, or its own that it began."""
         if partial := self._partial.pop(request_id, None):
             self._budget.release(partial.held_bytes)
-        if task := self._answering.get(request_id):
+        if task := self._answering.pop(request_id, None):
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
             task.cancel()
         future = self._waiting.get(request_id)
         if future is not None and not future.done():
@@ -280,7 +283,8 @@ class Connection:
     def _answered(self, incoming: Incoming, task: asyncio.Task[None]) -> None:
         """Clean up after an answer; a callback, because a task that is cancelled before its first step runs no line of its own."""
         self._budget.release(incoming.held_bytes)
-        del self._answering[incoming.request_id]
+        if self._answering.get(incoming.request_id) is task:
+            del self._answering[incoming.request_id]
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a call of peer %s ended without an answer", self.peer, exc_info=error)
             self._fail(TransportError(f"the connection to peer {self.peer} ended: a call could not be answered"))
@@ -360,6 +364,16 @@ class Connection:
                 self._fail(TransportError(f"peer {self.peer} has been silent for {SILENCE_S:.0f} s"))
                 return
             await asyncio.sleep(0.1)
+
+
+async def close_writer(writer: asyncio.StreamWriter) -> None:
+    """Close a stream and wait until its socket is gone; what could not be sent by then is dropped."""
+    writer.close()
+    try:
+        async with asyncio.timeout(FLUSH_S):
+            await writer.wait_closed()
+    except (OSError, TimeoutError):
+        writer.transport.abort()
 
 
 def _printable(payload: bytes) -> str:

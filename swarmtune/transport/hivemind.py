@@ -21,13 +21,15 @@ from typing import Any
 import hivemind.hivemind_cli
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarmtune.discovery.identity import Identity
 from swarmtune.discovery.records import peer_of
 from swarmtune.errors import ServerStartFailed
 from swarmtune.transport.base import Handler, Traffic, TransportError
-from swarmtune.transport.connection import Connection
+from swarmtune.transport.connection import Connection, close_writer
 from swarmtune.wire.frames import Budget, Encoded, Incoming, WireLimits
 
 logger = logging.getLogger(__name__)
@@ -193,6 +195,20 @@ class HivemindNode:
             logger.debug("p2pd: %s", raw.decode("utf-8", "replace").rstrip())
         logger.debug("the p2p daemon has ended")
 
+    async def _open_stream(self, peer: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """What ``P2P.call_binary_stream_handler`` does, but closing the socket to the daemon when it fails or is cancelled."""
+        reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
+        try:
+            request = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[STREAM_NAME])
+            await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+        except BaseException:
+            await close_writer(writer)
+            raise
+        return reader, writer
+
     async def _connection(self, peer: str) -> Connection:
         async with self._dialling.setdefault(peer, asyncio.Lock()):
             connection = self._connections.get(peer)
@@ -200,7 +216,7 @@ class HivemindNode:
                 return connection
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT_S):
-                    _, reader, writer = await self.p2p.call_binary_stream_handler(PeerID.from_base58(peer), STREAM_NAME)
+                    reader, writer = await self._open_stream(peer)
             except TimeoutError as error:
                 raise TransportError(f"peer {peer} did not answer within {DIAL_TIMEOUT_S:.0f} s") from error
             except _FOREIGN as error:

@@ -57,7 +57,9 @@ class LoopThread:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S / 2) if tasks else None
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S / 2)
+        await asyncio.sleep(0.01)  # sockets that have just been closed leave the loop
         self._loop.stop()
 
     def _main(self) -> None:

@@ -23,6 +23,7 @@ with swarmtune.LocalSwarm(model, ["0:2", "2:4"], dtype="float32") as local:
         remote = swarmtune.load_causal_lm(model, swarm)
         remote(input_ids=torch.tensor([[4, 5, 6]]))
         print("ready", *[server.pid for server in local.servers], flush=True)
+        sys.stdin.readline()
         if ending == "exception":
             raise ValueError("on purpose")
         if ending != "normal":
@@ -45,8 +46,9 @@ def directories() -> set[str]:
 def test_no_process_socket_or_directory_is_left(bloom: Path, tmp_path: Path, ending: str) -> None:
     before = directories()
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(bloom), ending], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", PROGRAM, str(bloom), ending], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     line = process.stdout.readline().split()
     assert line[:1] == ["ready"]
@@ -57,6 +59,9 @@ def test_no_process_socket_or_directory_is_left(bloom: Path, tmp_path: Path, end
         process.send_signal(signal.SIGINT)
     elif ending == "sigkill":
         process.kill()
+    else:
+        process.stdin.write("go\n")
+        process.stdin.flush()
     process.wait(30)
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline and (any(_runs(child) for child in family) or directories() - before):
@@ -64,6 +69,7 @@ def test_no_process_socket_or_directory_is_left(bloom: Path, tmp_path: Path, end
     assert [child.pid for child in family if _runs(child)] == []
     assert directories() - before == set()
     assert (process.returncode == 0) is (ending == "normal")
+    process.stdin.close()
     process.stdout.close()
 
 
