@@ -139,7 +139,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     from servers.numeric import numeric_class, numeric_facts
     from servers.span import Span
     from servers.weights import load_blocks
-    from swarmtune.skeleton import check_identity, check_span, config_digest, load_config
+    from swarmtune.skeleton import check_identity, check_span, config_digest, load_config, stored_dtype
     from swarmtune.types import BlockSpan
     from swarmtune.wire.messages import ServerInfo
 
@@ -149,9 +149,11 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     model_config = load_config(config.model)
     site = check_identity(model_config)
     blocks = check_span(BlockSpan.parse(config.blocks), site.num_blocks)
-    dtype = (model_config.dtype or torch.float32) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
+    dtype = stored_dtype(model_config) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
     began = time.monotonic()
-    weights = load_blocks(config.model, model_config, site, blocks, dtype, device, lambda done, total: logger.info("loaded block %d of %d", done, total))
+    weights = load_blocks(
+        config.model, model_config, site, blocks, dtype, device, lambda done, total: logger.info("loaded block %d of %d", done, total)
+    )
     logger.info("blocks %s loaded in %.1f s", blocks, time.monotonic() - began)
     digest = config_digest(model_config)
     facts = numeric_facts(model_config, digest, dtype, device)
@@ -183,7 +185,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available() or device.type not in ("cpu", "cuda"):
+    if (device.type == "cuda" and not torch.cuda.is_available()) or device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name} is not available here: use device=auto or device=cpu")
     return device
 

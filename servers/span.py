@@ -59,7 +59,9 @@ class Bound:
 class Span:
     """The blocks that one server holds. Not thread-safe: one device worker runs it."""
 
-    def __init__(self, config: PretrainedConfig, site: LayerSite, span: BlockSpan, weights: BlockWeights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: PretrainedConfig, site: LayerSite, span: BlockSpan, weights: BlockWeights, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.config, self.site, self.span, self.weights = config, site, span, weights
         self.dtype, self.device = dtype, device
         self._programs: OrderedDict[tuple[BlockSpan, str], Program] = OrderedDict()
@@ -97,7 +99,7 @@ class Span:
         with torch.enable_grad():
             output_BTH = self._run(program, bound, hidden_BTH)
         if output_BTH.requires_grad:
-            grads = torch.autograd.grad(output_BTH, wanted, call.grad_BTH.to(self.device, self.dtype), allow_unused=True)
+            grads: tuple[Tensor | None, ...] = torch.autograd.grad(output_BTH, wanted, call.grad_BTH.to(self.device, self.dtype), allow_unused=True)
         else:
             grads = (None,) * len(wanted)
         filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
@@ -261,7 +263,12 @@ def _share(layer: nn.Module, block: nn.Module, prefix: str) -> tuple[dict[str, s
 def _check_prompt(call: SpanCall, kwarg: CallKwarg) -> None:
     batch, sequence, hidden = call.hidden_BTH.shape
     batched = kwarg.axes.get("batch") == 0
-    if kwarg.tensor.dim() != 2 + batched or kwarg.tensor.shape[-1] != hidden or kwarg.tensor.shape[-2] > sequence or (batched and kwarg.tensor.shape[0] != batch):
+    if (
+        kwarg.tensor.dim() != 2 + batched
+        or kwarg.tensor.shape[-1] != hidden
+        or kwarg.tensor.shape[-2] > sequence
+        or (batched and kwarg.tensor.shape[0] != batch)
+    ):
         raise KwargError(f"a prompt must have shape ([batch,] tokens, hidden) with at most {sequence} tokens, got {tuple(kwarg.tensor.shape)}")
 
 

@@ -222,7 +222,12 @@ class LocalSwarm:
             raise UsageError('spans must be a list of at least one span, such as ["0:4", "4:8"]')
         path = os.fspath(model)
         blocks = [BlockSpan.parse(span) for span in spans]
-        self.words = [f"model={_quoted(path)}", f"dtype={dtype}", f"device={_quoted(device)}", f"threads={threads if threads is not None else 'null'}"]
+        self.words = [
+            f"model={_quoted(path)}",
+            f"dtype={dtype}",
+            f"device={_quoted(device)}",
+            f"threads={threads if threads is not None else 'null'}",
+        ]
         directory = Path(log_dir) if log_dir is not None else None
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)

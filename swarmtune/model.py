@@ -40,9 +40,7 @@ class RemoteLayers(nn.Module):
         """Run the remote body with the mask and positions that the model was called with, not with what the library derived from them."""
         body, adapter = self._parts
         mask, positions = getattr(self.given, "arguments", (None, None))
-        output_BTH = body(
-            hidden_BTH, mask, positions, kwargs=adapter.kwargs() if adapter else (), adapter=adapter.spec if adapter else None
-        )
+        output_BTH = body(hidden_BTH, mask, positions, kwargs=adapter.kwargs() if adapter else (), adapter=adapter.spec if adapter else None)
         return (output_BTH,) if self._returns_tuple else output_BTH
 
     def watch(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +97,8 @@ def load_causal_lm(
     body = RemoteBody(swarm.loop, opened.chain, site.num_blocks, hidden_size(config))
     loaded = _load_ends(name, config, site, element_type, torch.device(device))
     _attach(loaded, site, body, own)
-    return loaded.to(device)
+    loaded.to(torch.device(device))  # type: ignore[arg-type]
+    return loaded
 
 
 def _make_adapter(adapter: object, config: PretrainedConfig, name: str) -> PeftAdapter | None:
@@ -153,7 +152,7 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
     model.body = body
-    model.adapter = adapter
+    model.adapter = adapter  # type: ignore[assignment]
     model.config.use_cache = False
     if model.generation_config is not None:
         model.generation_config.use_cache = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class LayerSite:
 
     @property
     def prefix(self) -> str:
-        """What the dotted names of all blocks begin with: ``transformer.h.``"""
+        """What the dotted names of all blocks begin with, such as ``transformer.h.``, its last dot included."""
         return f"{self.parent_name}.{self.attribute}."
 
     def split(self, name: str) -> tuple[int, str] | None:
@@ -131,13 +131,13 @@ def truncate(model: PreTrainedModel, site: LayerSite, start: int, stop: int) -> 
     kept = nn.ModuleList(layers[start:stop])
     _neutralise(parent, site)
     setattr(parent, site.attribute, kept)
-    full = parent.config
+    full: Any = parent.config
     config = _slice_config(full, start, stop, site.num_blocks)
     for module in parent.modules():
         if getattr(module, "config", None) is full:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx -= start  # type: ignore[operator]
+            module.layer_idx -= start  # type: ignore[operator, assignment]
     return parent.eval().requires_grad_(False)
 
 
@@ -223,7 +223,7 @@ def check_identity(config: PretrainedConfig) -> LayerSite:
             f"{type(model).__name__} changes hidden states outside its layers (a span of zero layers is not the identity), "
             "so it cannot be cut into spans exactly: use a model that passes this check"
         )
-    parent.config.num_hidden_layers = 1
+    cast(PretrainedConfig, parent.config).num_hidden_layers = 1
     for returns_tuple in (False, True):
         if _echoes(parent, site, [_Echo(returns_tuple)]):
             return replace(site, returns_tuple=returns_tuple)
@@ -234,7 +234,7 @@ def _echoes(parent: nn.Module, site: LayerSite, layers: list[nn.Module]) -> bool
     """Whether ``parent`` over ``layers`` returns its input, with and without a mask."""
     setattr(parent, site.attribute, nn.ModuleList(layers))
     generator = torch.Generator().manual_seed(0)
-    hidden_BTH = torch.randn(2, 5, hidden_size(parent.config), generator=generator)
+    hidden_BTH = torch.randn(2, 5, hidden_size(cast(PretrainedConfig, parent.config)), generator=generator)
     mask_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     try:
         with torch.no_grad():
@@ -247,6 +247,14 @@ def _echoes(parent: nn.Module, site: LayerSite, layers: list[nn.Module]) -> bool
 def hidden_size(config: PretrainedConfig) -> int:
     """Width of the hidden states between blocks."""
     return int(config.get_text_config().hidden_size)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The type in which the weights are stored, as the configuration says; float32 where it does not."""
+    dtype = config.dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def check_span(span: BlockSpan, num_blocks: int) -> BlockSpan:

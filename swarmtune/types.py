@@ -56,7 +56,7 @@ class BlockSpan:
             UsageError: anything else, YAML's sexagesimal integers included.
         """
         if not isinstance(text, str):
-            raise UsageError(f"blocks must be a quoted string such as \"4:8\", got {text!r} (unquoted, YAML reads 4:8 as 248)")
+            raise UsageError(f'blocks must be a quoted string such as "4:8", got {text!r} (unquoted, YAML reads 4:8 as 248)')
         match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text)
         if match is None:
             raise UsageError(f'blocks must look like "4:8" (half-open: blocks 4, 5, 6, 7), got {text!r}')

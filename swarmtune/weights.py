@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from swarmtune.errors import ModelUnsupported, UsageError
+from swarmtune.wire.tensors import tensor_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -26,7 +27,7 @@ def local_path(model: str) -> Path | None:
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.exists() or os.sep != "/" and os.sep in model
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.exists() or (os.sep != "/" and os.sep in model)
     if looks_local or not model.strip():
         raise UsageError(f"the model {model!r} is not a directory: give a directory with config.json and safetensors, or a hub id such as org/name")
     return None
@@ -126,7 +127,9 @@ def fill(
     for name, full_name in stored_names.items():
         key = checkpoint.find(full_name, base_prefix)
         if key is None:
-            raise ModelUnsupported(f"the checkpoint has no tensor {full_name}: it is incomplete, or needs a conversion by the library that spans do not do")
+            raise ModelUnsupported(
+                f"the checkpoint has no tensor {full_name}: it is incomplete, or needs a conversion by the library that spans do not do"
+            )
         names_of.setdefault(key, []).append(name)
     for key, tensor in checkpoint.read(names_of):
         for name in names_of[key]:
@@ -151,7 +154,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, key: str, dtype: torch
 def tensor_digest(tensor: Tensor) -> bytes:
     """SHA-256 of a stored tensor: type, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor_bytes(tensor))
     return digest.digest()
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+
 from servers.executor import Executor
 from servers.handler import CallHandler
 from servers.span import Span
 from servers.weights import load_blocks
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
-
 from swarmtune.model import load_causal_lm
 from swarmtune.remote.chain import ChainSettings
 from swarmtune.skeleton import check_identity, config_digest, load_config

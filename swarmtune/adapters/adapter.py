@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -53,7 +54,7 @@ class PeftAdapter(nn.Module):
         self._model_config = model_config
         injected = inject(_weightless(build_skeleton(model_config)), self.config)
         self.spec: AdapterSpec = resolve(injected, self.config)
-        self._site = find_layers(injected.get_base_model())
+        self._site = find_layers(cast(PreTrainedModel, injected.get_base_model()))
         for name, parameter in injected.named_parameters():
             if parameter.requires_grad:
                 self._register(name, parameter.detach().clone())
@@ -139,7 +140,7 @@ class PeftAdapter(nn.Module):
         config = PeftConfig.from_pretrained(str(directory))
         config.inference_mode = False
         model = inject(_weightless(build_skeleton(self._model_config)), config)
-        result = set_peft_model_state_dict(model, load_file(directory / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
+        result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
         loaded = {name: parameter for name, parameter in model.named_parameters() if f".{ADAPTER_NAME}" in name}
         own = self._tensors()
         wrong = [name for name in own if name not in loaded or not torch.equal(loaded[name].detach(), own[name])]
@@ -192,7 +193,7 @@ def _replace(source: Path, target: Path) -> None:
     if not target.exists():
         source.rename(target)
         return
-    if not target.is_dir() or not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
+    if not target.is_dir() or (not (target / CONFIG_FILE).is_file() and any(target.iterdir())):
         raise UsageError(f"{target} exists and is not an adapter directory: choose another one")
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
     target.rename(old / "adapter")

@@ -10,7 +10,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -100,8 +100,8 @@ def check_supported(config: PeftConfig) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _TUNERS:
         raise AdapterUnsupported(f"adapters of type {kind} are not supported: use one of {', '.join(sorted(_TUNERS))}")
-    if getattr(config, "modules_to_save", None):
-        raise AdapterUnsupported(f"modules_to_save={config.modules_to_save} is not supported: train the adapter without it")
+    if saved := getattr(config, "modules_to_save", None):
+        raise AdapterUnsupported(f"modules_to_save={saved} is not supported: train the adapter without it")
     if getattr(config, "target_parameters", None):
         raise AdapterUnsupported("target_parameters is not supported: name modules in target_modules")
     if not isinstance(config, LoraConfig):
@@ -114,11 +114,31 @@ def check_supported(config: PeftConfig) -> None:
         raise AdapterUnsupported(f"bias={config.bias!r} is not supported: set bias='none'")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise AdapterUnsupported(
-            f"init_lora_weights={config.init_lora_weights!r} is not supported, because it is computed from (or changes) body weights: use True or 'gaussian'"
+            f"init_lora_weights={config.init_lora_weights!r} is not supported, because it needs body weights: use True or 'gaussian'"
         )
     plain = LoraConfig()
-    known = {"r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"}
-    general = {"task_type", "peft_type", "target_modules", "exclude_modules", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config"}
+    known = {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+    }
+    general = {
+        "task_type",
+        "peft_type",
+        "target_modules",
+        "exclude_modules",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "runtime_config",
+    }
     for name, value in vars(config).items():
         if name not in known | general and not name.startswith("_") and value != getattr(plain, name, None):
             raise AdapterUnsupported(f"{name}={value!r} of LoraConfig is not supported: leave it at its default")
@@ -154,12 +174,14 @@ def resolve(injected: PeftModel, config: PeftConfig) -> AdapterSpec:
     Raises:
         AdapterUnsupported: a target lies outside the blocks.
     """
-    base = injected.get_base_model()
+    base = cast(PreTrainedModel, injected.get_base_model())
     site = find_layers(base)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     outside = [name for name in layers if site.split(name) is None]
     if outside:
-        raise AdapterUnsupported(f"target module {outside[0]} lies outside the blocks, in the part that stays with you: leave it out of target_modules")
+        raise AdapterUnsupported(
+            f"target module {outside[0]} lies outside the blocks, in the part that stays with you: leave it out of target_modules"
+        )
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     return AdapterSpec.of({"peft_type": kind, "modules": sorted(layers), **_TUNERS[kind][0](config, layers)})
 
@@ -196,7 +218,7 @@ def injected_skeleton(model_config: PretrainedConfig, spec: AdapterSpec) -> PreT
         raise WireError(f"the model has no module {unknown[0]!r}")
     try:
         with torch.device("meta"):
-            base: PreTrainedModel = inject(model, config).get_base_model()
+            base = cast(PreTrainedModel, inject(model, config).get_base_model())
     except AdapterUnsupported as error:
         raise WireError(str(error)) from error
     return base.eval().requires_grad_(False)

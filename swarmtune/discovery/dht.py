@@ -128,9 +128,7 @@ class DirectoryNode:
     async def publish(self, announcement: Announcement, record: bytes) -> bool:
         """Store a sealed record under its model and peer until it expires."""
         assert self._node is not None, "publish before start"
-        stored = await self._node.store(
-            dht_key(announcement.info.model), record, expiration_time=announcement.expires_at, subkey=announcement.peer
-        )
+        stored = await self._node.store(dht_key(announcement.info.model), record, expiration_time=announcement.expires_at, subkey=announcement.peer)
         return bool(stored)
 
     async def find(self, model: str) -> list[Announcement]:

@@ -53,7 +53,9 @@ class RemoteBody(nn.Module):
             NonFinite: a block gave a NaN or an infinity.
         """
         if hidden_BTH.dim() != 3 or hidden_BTH.shape[2] != self.hidden_size or not hidden_BTH.is_floating_point() or 0 in hidden_BTH.shape:
-            raise KwargError(f"hidden states must be a floating-point (batch, sequence, {self.hidden_size}) tensor, got {hidden_BTH.dtype} {tuple(hidden_BTH.shape)}")
+            raise KwargError(
+                f"hidden states must be floating-point (batch, sequence, {self.hidden_size}), got {hidden_BTH.dtype} {tuple(hidden_BTH.shape)}"
+            )
         every = [*_library(hidden_BTH, attention_mask=attention_mask, position_ids=position_ids), *kwargs]
         plans = tuple(self._plan(kwarg, hidden_BTH) for kwarg in every)
         call = BodyCall(self._loop, self._chain, plans, adapter)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerFault, SwarmError, WireError
+from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerFault, WireError
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.transport.base import Transport, TransportError
 from swarmtune.types import Axis, BlockSpan

@@ -66,7 +66,9 @@ class RemoteSequential(torch.autograd.Function):
         parts = [part.to(hidden_BTH.dtype) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
         results = call.loop.run(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1]))
         input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device) if ctx.needs_input_grad[1] else None
-        by_kwarg = [_kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)]
+        by_kwarg = [
+            _kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)
+        ]
         return (None, input_grad, *by_kwarg)
 
 
@@ -100,5 +102,3 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 def _present(grad: Tensor | None) -> Tensor:
     assert grad is not None, "the chain returns the gradient by the input when asked"
     return grad
-
-

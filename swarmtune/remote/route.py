@@ -131,7 +131,9 @@ class Directory:
 
     def _prefer(self, numeric_class: str) -> None:
         if self._numeric_class not in (None, numeric_class):
-            logger.warning("the numeric class of the route changed from %s to %s: results can differ in the last digits", self._numeric_class, numeric_class)
+            logger.warning(
+                "the numeric class of the route changed from %s to %s: results can differ in the last digits", self._numeric_class, numeric_class
+            )
         self._numeric_class = numeric_class
 
     async def _ask(self, name: str) -> tuple[ServerInfo, float] | str:
@@ -168,7 +170,9 @@ class Directory:
             for block, digest in enumerate(peer.info.block_digests, peer.info.span.start):
                 name, expected = first.setdefault(block, (peer.name, digest))
                 if digest != expected:
-                    raise SwarmMismatch(f"servers {name} and {peer.name} hold different weights for block {block}: connect to servers of one model only")
+                    raise SwarmMismatch(
+                        f"servers {name} and {peer.name} hold different weights for block {block}: connect to servers of one model only"
+                    )
 
     def _unserved(self, start: int, stop: int) -> BlocksUnserved:
         trusted = sorted((peer for peer in self.known.values() if not peer.faults), key=lambda peer: (peer.info.span, peer.name))

@@ -7,7 +7,6 @@ daemon and removes its directory whenever this process goes away, however it goe
 from __future__ import annotations
 
 import asyncio
-
 import logging
 import os
 import shutil
@@ -89,7 +88,7 @@ class HivemindNode:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._start_daemon(directory, key, listen)
-                attached = type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/"})
+                attached: Any = type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/"})
                 self._p2p = await attached.replicate(Multiaddr(f"/unix{directory}/daemon.sock"))
                 if listen:
                     self.addresses = tuple(str(address) for address in await self.p2p.get_visible_maddrs())
@@ -109,9 +108,7 @@ class HivemindNode:
                     return
                 await min(idle, key=idle.__getitem__).close()
             peer = info.peer_id.to_base58()
-            connection = Connection(
-                reader, writer, peer=peer, handler=handler, limits=self._limits, budget=self._budget, traffic=self.traffic
-            )
+            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=self._budget, traffic=self.traffic)
             self._served.add(connection)
             try:
                 await connection.open()
@@ -171,7 +168,17 @@ class HivemindNode:
 
     async def _start_daemon(self, directory: Path, key: Path, listen: Sequence[str]) -> None:
         binary = Path(hivemind.hivemind_cli.__path__[0]) / "p2pd"
-        flags = ["-tls=1", "-relay=0", "-autoRelay=0", "-relayService=0", "-relayDiscovery=0", "-natPortMap=0", "-autonat=0", "-dhtClient", "-idleTimeout=30s"]
+        flags = [
+            "-tls=1",
+            "-relay=0",
+            "-autoRelay=0",
+            "-relayService=0",
+            "-relayDiscovery=0",
+            "-natPortMap=0",
+            "-autonat=0",
+            "-dhtClient",
+            "-idleTimeout=30s",
+        ]
         flags += [f"-hostAddrs={','.join(listen)}"] if listen else ["-noListenAddrs"]
         self._keeper = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", KEEPER, "swarmtune-keeper", str(directory), str(binary), f"-id={key}", f"-listen=/unix{directory}/daemon.sock", *flags,

@@ -125,7 +125,9 @@ def _check_answer_size(hidden: Tensor, kwargs: tuple[CallKwarg, ...]) -> None:
     size = hidden.nbytes + sum(len(kwarg.blocks) * kwarg.tensor.nbytes for kwarg in kwargs if kwarg.requires_grad)
     limit = WireLimits().message_bytes
     if size > limit:
-        raise WireError(f"the answer to this call would have {size} bytes, over the limit of {limit}: use a smaller micro_batch_tokens or shorter spans")
+        raise WireError(
+            f"the answer to this call would have {size} bytes, over the limit of {limit}: use a smaller micro_batch_tokens or shorter spans"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,7 +240,9 @@ class SpanResult:
         if (hidden is not None) != (call.grad_BTH is None or call.input_grad):
             raise WireError("a reply holds a hidden state where none was asked for, or lacks it")
         if hidden is not None and (hidden.shape != call.hidden_BTH.shape or hidden.dtype != call.hidden_BTH.dtype):
-            raise WireError(f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {call.hidden_BTH.dtype} {tuple(call.hidden_BTH.shape)}")
+            raise WireError(
+                f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {call.hidden_BTH.dtype} {tuple(call.hidden_BTH.shape)}"
+            )
         grads: dict[int, Tensor] = {}
         for index, kwarg in enumerate(call.kwargs if call.grad_BTH is not None else ()):
             if not kwarg.requires_grad:

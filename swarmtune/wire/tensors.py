@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ class TensorSpec:
         """
         code = _CODES.get(tensor.dtype)
         if code is None:
-            raise WireError(f"tensor {name} has dtype {tensor.dtype}, which does not travel; use one of {', '.join(d.name.lower() for d in WireDtype)}")
+            raise WireError(
+                f"tensor {name} has dtype {tensor.dtype}, which does not travel; use one of {', '.join(d.name.lower() for d in WireDtype)}"
+            )
         return cls.from_json([name, int(code), list(tensor.shape)])
 
     @classmethod
@@ -114,7 +117,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     if flat.numel() == 0:
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def allocate(size: int) -> memoryview:
@@ -128,7 +131,7 @@ def allocate(size: int) -> memoryview:
     if not size:
         return memoryview(bytearray())
     try:
-        return memoryview(torch.empty(size, dtype=torch.uint8).numpy())
+        return memoryview(cast(Any, torch.empty(size, dtype=torch.uint8).numpy()))
     except RuntimeError as error:
         raise WireError(f"there is no memory for a message of {size} bytes") from error
 

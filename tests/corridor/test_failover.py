@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swarmtune.errors import BlocksUnserved, NonFinite, SwarmMismatch
-from tests.harness import Faults, batch, lora, loopback, make_handler, remote, same_bits, save_tiny, set_values, step
+from tests.harness import Faults, batch, loopback, lora, make_handler, remote, same_bits, save_tiny, set_values, step
 
 REPLICAS = ["0:2", "2:4", "0:2", "2:4"]
 CALLS = 4
@@ -88,7 +88,9 @@ def test_call_raises_within_its_patience_when_all_servers_are_gone(bloom: Path) 
 
 def test_gap_says_which_blocks_are_missing_and_who_serves_the_rest(bloom: Path) -> None:
     with loopback(bloom, ["0:1", "2:3"], patience_s=0.5) as swarm:
-        with pytest.raises(BlocksUnserved, match=r"nobody serves blocks 1:2, 3:4 of 0:4; served: 0:1 by server of 0:1; 2:3 by server of 2:3") as caught:
+        with pytest.raises(
+            BlocksUnserved, match=r"nobody serves blocks 1:2, 3:4 of 0:4; served: 0:1 by server of 0:1; 2:3 by server of 2:3"
+        ) as caught:
             remote(bloom, swarm)
     assert [str(span) for span in caught.value.missing] == ["1:2", "3:4"]
 

@@ -94,7 +94,9 @@ def test_param_kwarg_stands_in_for_a_norm_of_one_block(bloom: Path) -> None:
         ("bloom", "mlp.dense_4h_to_h.bias", 3e-3, 3e-3),  # the library's softmax rounds to float32, so steps must be large
     ],
 )
-def test_gradcheck_in_float64_by_input_prompt_and_parameter(models: dict[str, Path], family: str, bias_name: str, eps: float, tolerance: float) -> None:
+def test_gradcheck_in_float64_by_input_prompt_and_parameter(
+    models: dict[str, Path], family: str, bias_name: str, eps: float, tolerance: float
+) -> None:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, 2, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)
     prompt = torch.randn(1, HIDDEN, dtype=torch.float64, generator=generator, requires_grad=True)

@@ -10,7 +10,7 @@ from peft import IA3Config, PeftModel
 from transformers import AutoModelForCausalLM
 
 from swarmtune.errors import UsageError
-from tests.harness import batch, local_peft, lora, loopback, remote, same_bits, set_values, step, trainable, worst_difference
+from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
 FAMILIES = ("bloom", "llama")
 SPANS = {"one": ["0:4"], "two": ["0:2", "2:4"], "three": ["0:1", "1:3", "3:4"], "overlapping": ["0:3", "2:4"]}
@@ -78,7 +78,9 @@ def test_adapter_settings_mean_what_they_mean_to_peft(bloom: Path, config: objec
 @pytest.mark.parametrize("family", FAMILIES)
 def test_remote_model_holds_no_body_parameters_and_only_the_adapter_learns(models: dict[str, Path], family: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(models[family])
-    blocks = {id(parameter) for layer in whole.get_submodule("transformer.h" if family == "bloom" else "model.layers") for parameter in layer.parameters()}
+    blocks = {
+        id(parameter) for layer in whole.get_submodule("transformer.h" if family == "bloom" else "model.layers") for parameter in layer.parameters()
+    }
     ends = sum(parameter.numel() for parameter in whole.parameters() if id(parameter) not in blocks)
     with loopback(models[family]) as swarm:
         model = remote(models[family], swarm, lora(family))

@@ -94,7 +94,9 @@ class Raw:
 
 
 @contextlib.asynccontextmanager
-async def against_raw(handler: Handler | None = echo, limits: WireLimits | None = None, budget: Budget | None = None) -> AsyncIterator[tuple[Connection, Raw]]:
+async def against_raw(
+    handler: Handler | None = echo, limits: WireLimits | None = None, budget: Budget | None = None
+) -> AsyncIterator[tuple[Connection, Raw]]:
     """Our connection, its handshake done, and a raw peer."""
     one, other = await streams()
     raw = Raw(*other)
@@ -163,7 +165,7 @@ def test_large_answers_interleave_on_the_stream() -> None:
             raw.send_message(BIG, 1)
             raw.send_message(BIG, 2)
             order = []
-            while [FrameKind.END, FrameKind.END] != [kind for kind, _ in order if kind is FrameKind.END]:
+            while [kind for kind, _ in order if kind is FrameKind.END] != [FrameKind.END, FrameKind.END]:
                 prefix, _ = await raw.read()
                 order.append((prefix.kind, prefix.request_id))
             data = [request_id for kind, request_id in order if kind is FrameKind.DATA]
@@ -427,7 +429,7 @@ def test_the_goodbye_of_a_peer_that_refuses_us_is_told() -> None:
     async def main() -> None:
         one, other = await streams()
         raw = Raw(*other)
-        raw.send(FrameKind.GOODBYE, "I speak version 9\x1b[2J only".encode())
+        raw.send(FrameKind.GOODBYE, b"I speak version 9\x1b[2J only")
         with pytest.raises(TransportError, match=r"the peer refused: I speak version 9 \[2J only"):
             await Connection(*one, peer="raw").open()
         raw.writer.close()
@@ -521,7 +523,10 @@ BREACHES: dict[str, tuple[str, Callable[[Raw], Any]]] = {
     "too many calls open": ("more than 3 open calls", lambda raw: [raw.send_message(SMALL, n) for n in range(4)]),
     "an id in use": ("a request id in use", lambda raw: [raw.send_message(SMALL, 1) for _ in range(2)]),
     "a header that is no JSON": ("not JSON", lambda raw: raw.send(FrameKind.CALL, b"\x00", 5)),
-    "damaged data": ("damaged", lambda raw: [raw.send_message(SMALL, 1, without_end=True), raw.send(FrameKind.END, struct.pack("<QI", SMALL.body_bytes, 1), 1)]),
+    "damaged data": (
+        "damaged",
+        lambda raw: [raw.send_message(SMALL, 1, without_end=True), raw.send(FrameKind.END, struct.pack("<QI", SMALL.body_bytes, 1), 1)],
+    ),
     "missing data": ("was cut", lambda raw: [raw.send(FrameKind.CALL, HEAD, 1), raw.send(FrameKind.END, bytes(12), 1)]),
     "too much data": ("carries more", lambda raw: [raw.send(FrameKind.CALL, HEAD, 1), raw.send(FrameKind.DATA, bytes(65), 1)]),
     "data of no length": ("carries nothing", lambda raw: [raw.send(FrameKind.CALL, HEAD, 1), raw.send(FrameKind.DATA, b"", 1)]),

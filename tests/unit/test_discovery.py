@@ -78,7 +78,10 @@ def test_only_the_owner_signs_for_a_peer_id() -> None:
     assert not verify(OWNER.peer_id, b"data", signature[:-1])
 
 
-@pytest.mark.parametrize("peer", ["", "0", "1" * 64, "z" * 100_000, OWNER.peer_id[:-1], "1" + OWNER.peer_id, "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "ü", "\ud800"])
+@pytest.mark.parametrize(
+    "peer",
+    ["", "0", "1" * 64, "z" * 100_000, OWNER.peer_id[:-1], "1" + OWNER.peer_id, "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "ü", "\ud800"],
+)
 def test_what_is_no_ed25519_peer_id_is_never_believed(peer: str) -> None:
     assert not verify(peer, b"data", OWNER.sign(b"data"))
 
@@ -103,7 +106,11 @@ def test_a_record_cut_at_any_byte_or_continued_is_refused() -> None:
         Announcement.open(record + b" ", NOW)
 
 
-@pytest.mark.parametrize("expires_at", [NOW - CLOCK_SKEW_S - 1, 0.0, -1.0, NOW + MAX_LIFETIME_S + CLOCK_SKEW_S + 1, 1e300, 10**400, True, "soon", None, [NOW]], ids=lambda at: repr(at)[:12])
+@pytest.mark.parametrize(
+    "expires_at",
+    [NOW - CLOCK_SKEW_S - 1, 0.0, -1.0, NOW + MAX_LIFETIME_S + CLOCK_SKEW_S + 1, 1e300, 10**400, True, "soon", None, [NOW]],
+    ids=lambda at: repr(at)[:12],
+)
 def test_a_record_that_has_expired_or_would_live_too_long_is_refused(expires_at: object) -> None:
     Announcement.open(forge(), NOW)
     with pytest.raises(WireError, match="expired, or would live too long"):
@@ -121,7 +128,20 @@ def test_a_record_with_addresses_of_others_or_none_is_refused(addresses: object)
         Announcement.open(forge(addresses=addresses), NOW)
 
 
-@pytest.mark.parametrize("changes", [{"peer": None}, {"peer": STRANGER.peer_id}, {"peer": 1}, {"peer": []}, {"info": None}, {"info": []}, {"info": {}}, {"info": {**INFO.to_json(), "span": [0, 9]}}], ids=repr)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peer": None},
+        {"peer": STRANGER.peer_id},
+        {"peer": 1},
+        {"peer": []},
+        {"info": None},
+        {"info": []},
+        {"info": {}},
+        {"info": {**INFO.to_json(), "span": [0, 9]}},
+    ],
+    ids=repr,
+)
 def test_a_record_that_is_signed_well_but_wrong_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(WireError):
         Announcement.open(forge(**changes), NOW)
@@ -142,12 +162,22 @@ def test_a_record_over_the_limit_is_refused_unread() -> None:
         Announcement.open(bytes(SIGNATURE_BYTES), NOW)
 
 
-@pytest.mark.parametrize("good", [address(), address().replace("ip4/127.0.0.1", "ip6/::1"), address().replace("ip4/127.0.0.1", "dns4/lab.example.org"), address().replace("/tcp/31337", "/udp/1/quic-v1")])
+@pytest.mark.parametrize(
+    "good",
+    [
+        address(),
+        address().replace("ip4/127.0.0.1", "ip6/::1"),
+        address().replace("ip4/127.0.0.1", "dns4/lab.example.org"),
+        address().replace("/tcp/31337", "/udp/1/quic-v1"),
+    ],
+)
 def test_addresses_that_name_their_peer_are_taken(good: str) -> None:
     assert check_address(good) == good and peer_of(good) == OWNER.peer_id
 
 
-@pytest.mark.parametrize("bad", ["", "localhost:31337", "/ip4/1.2.3.4/tcp/1", f"/ip4/1.2.3.4/p2p/{OWNER.peer_id}", address() + "/", " " + address(), 5, None, b"/ip4"])
+@pytest.mark.parametrize(
+    "bad", ["", "localhost:31337", "/ip4/1.2.3.4/tcp/1", f"/ip4/1.2.3.4/p2p/{OWNER.peer_id}", address() + "/", " " + address(), 5, None, b"/ip4"]
+)
 def test_other_addresses_are_refused_with_an_example(bad: object) -> None:
     with pytest.raises(WireError, match="must look like /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID"):
         check_address(bad)

@@ -55,7 +55,6 @@ def test_every_error_is_caught_by_the_root_and_documented(name: str) -> None:
 
 def test_errors_raised_elsewhere_pickle_too() -> None:
     from servers.executor import Busy, Expired
-
     from swarmtune.transport.base import TransportError
 
     for kind in (Busy, Expired, TransportError):

@@ -19,7 +19,22 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for pat
 HYDRA_HOMES = ("swarmtune/config.py", "swarmtune/app.py", "swarmtune/cli.py", "recipes/", "servers/__main__.py")
 LIGHTNING_HOMES = ("swarmtune/train/", "swarmtune/app.py", "recipes/")
 HIVEMIND_HOMES = ("swarmtune/transport/hivemind.py", "swarmtune/discovery/")
-HEAVY = ("torch", "hivemind", "lightning", "hydra", "omegaconf", "transformers", "peft", "datasets", "numpy", "wandb", "matplotlib", "rich", "cryptography", "msgpack")
+HEAVY = (
+    "torch",
+    "hivemind",
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "wandb",
+    "matplotlib",
+    "rich",
+    "cryptography",
+    "msgpack",
+)
 
 
 def imports(path: str) -> Iterator[tuple[str, int]]:
@@ -109,7 +124,17 @@ def test_a_module_begins_with_a_docstring_and_starts_nothing(path: str) -> None:
     """No environment is read, no logging configured, no thread, loop or process started at import."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{path} has no docstring"
-    forbidden = ("os.environ", "os.getenv", "logging.basicConfig", "threading.Thread", "asyncio.new_event_loop", "subprocess.", "set_start_method", "torch.set_", "warnings.filterwarnings")
+    forbidden = (
+        "os.environ",
+        "os.getenv",
+        "logging.basicConfig",
+        "threading.Thread",
+        "asyncio.new_event_loop",
+        "subprocess.",
+        "set_start_method",
+        "torch.set_",
+        "warnings.filterwarnings",
+    )
     for statement in tree.body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
             continue
@@ -129,7 +154,9 @@ def fresh() -> dict[str, list[str]]:
         "import logging; print(json.dumps({'modules': after, 'threads': [t.name for t in threading.enumerate()],"
         " 'handlers': [repr(h) for h in logging.getLogger().handlers], 'environ': [k for k in os.environ if environ.get(k) != os.environ[k]], 'dir': dir(swarmtune)}))"
     )
-    out = subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"], capture_output=True, text=True, timeout=60, check=True)
+    out = subprocess.run(
+        [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"], capture_output=True, text=True, timeout=60, check=True
+    )
     assert out.stderr == ""
     found: dict[str, list[str]] = json.loads(out.stdout)
     return found

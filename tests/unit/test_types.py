@@ -31,7 +31,29 @@ def test_a_span_is_read_from_text(text: str, span: tuple[int, int]) -> None:
     assert BlockSpan.parse(text) == BlockSpan(*span)
 
 
-@pytest.mark.parametrize("text", ["", "4", "4:", ":8", "4-8", "4:8:2", "a:b", "-1:3", "4.0:8", "8:4", "4:4", "1e1:20", "٤:٨٨٨٨٨٨٨٨٨٨", "9" * 10 + ":1", "4:8\n5", None, 4, ["4:8"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "4",
+        "4:",
+        ":8",
+        "4-8",
+        "4:8:2",
+        "a:b",
+        "-1:3",
+        "4.0:8",
+        "8:4",
+        "4:4",
+        "1e1:20",
+        "٤:٨٨٨٨٨٨٨٨٨٨",
+        "9" * 10 + ":1",
+        "4:8\n5",
+        None,
+        4,
+        ["4:8"],
+    ],
+)
 def test_other_text_is_refused_with_an_example(text: object) -> None:
     with pytest.raises(UsageError):
         BlockSpan.parse(text)

@@ -31,7 +31,9 @@ from swarmtune.wire.frames import (
 )
 
 LIMITS = WireLimits(header_bytes=1 << 16, tensors=8, message_bytes=1 << 16, open_bytes=1 << 24)
-MESSAGE = Message("forward", {"span": [0, 4], "model": "abc"}, {"hidden": torch.arange(24.0).view(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.int64)})
+MESSAGE = Message(
+    "forward", {"span": [0, 4], "model": "abc"}, {"hidden": torch.arange(24.0).view(2, 3, 4), "mask": torch.ones(2, 3, dtype=torch.int64)}
+)
 FRAMES = [(bytes(head), bytes(payload)) for head, payload in encode(MESSAGE).frames(FrameKind.CALL, 3)]
 HEADER = json.loads(FRAMES[0][1])
 WRONG: list[Any] = [None, True, -1, 0, 1.5, 10**30, "", "x" * 5000, [], [[]], {}, {"a": 1}, [None], "\ud800", "NaN"]

@@ -212,7 +212,9 @@ def test_a_long_detail_is_cut_by_the_sender() -> None:
 
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: repr(value)[:14])
-@pytest.mark.parametrize("name", ["model", "num_blocks", "span", "block_digests", "dtype", "numeric_class", "numeric", "version", "name", "rate_tok_s"])
+@pytest.mark.parametrize(
+    "name", ["model", "num_blocks", "span", "block_digests", "dtype", "numeric_class", "numeric", "version", "name", "rate_tok_s"]
+)
 def test_a_description_with_one_wrong_field_is_a_wire_error(name: str, value: object) -> None:
     fields = {**INFO.to_json(), name: value}
     if fine(name, value):

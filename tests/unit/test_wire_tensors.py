@@ -83,7 +83,9 @@ def test_nan_payloads_infinities_and_negative_zero_keep_their_bits() -> None:
     assert same(round_trip(x=sent)["x"], sent)
 
 
-@pytest.mark.parametrize("make", [lambda x: x.T, lambda x: x[::2, 1:], lambda x: x[:1].expand(5, 6), lambda x: x.flip(0)], ids=["t", "slice", "expand", "flip"])
+@pytest.mark.parametrize(
+    "make", [lambda x: x.T, lambda x: x[::2, 1:], lambda x: x[:1].expand(5, 6), lambda x: x.flip(0)], ids=["t", "slice", "expand", "flip"]
+)
 def test_non_contiguous_tensors_travel_as_their_values(make: Any) -> None:
     sent = make(values(torch.float32, 4, 6))
     assert same(round_trip(x=sent)["x"], sent)

@@ -1,0 +1,124 @@
+"""Which models can be cut into spans exactly, and what names a model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, GPT2Config, GraniteConfig, LlamaConfig, OlmoConfig, OPTConfig, PretrainedConfig, Qwen3Config
+
+from swarmtune.errors import ModelUnsupported, UsageError
+from swarmtune.skeleton import build_skeleton, call_span, check_identity, check_span, config_digest, hidden_size, init_buffers, load_config, truncate
+from swarmtune.types import BlockSpan
+
+COMMON: dict[str, Any] = {"hidden_size": 32, "vocab_size": 64}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 3}
+ROTARY: dict[str, Any] = {**COMMON, **HEADS, "num_key_value_heads": 2, "intermediate_size": 48}
+GOOD: dict[str, tuple[PretrainedConfig, str, bool]] = {
+    "bloom": (BloomConfig(**COMMON, n_layer=3, n_head=4), "transformer.h.", True),
+    "llama": (LlamaConfig(**ROTARY), "model.layers.", False),
+    "gpt2": (GPT2Config(**COMMON, n_layer=3, n_head=4, n_positions=16), "transformer.h.", False),
+    "opt": (OPTConfig(**COMMON, **HEADS, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=16), "model.decoder.layers.", False),
+    "qwen3": (Qwen3Config(**ROTARY, head_dim=8), "model.layers.", False),
+    "granite without multiplier": (GraniteConfig(**ROTARY, embedding_multiplier=1.0), "model.layers.", False),
+}
+BAD: dict[str, PretrainedConfig] = {
+    "granite": GraniteConfig(**ROTARY, embedding_multiplier=12.0),
+    "olmo": OlmoConfig(**ROTARY),
+}
+
+
+@pytest.mark.parametrize("family", GOOD)
+def test_a_mainstream_decoder_passes_the_identity_check(family: str) -> None:
+    config, prefix, returns_tuple = GOOD[family]
+    before = config.to_dict()
+    site = check_identity(config)
+    assert (site.prefix, site.num_blocks, site.returns_tuple) == (prefix, 3, returns_tuple) and hidden_size(config) == 32
+    assert config.to_dict() == before
+    assert site.split(f"{prefix}2.mlp.weight") == (2, "mlp.weight") and site.split("lm_head.weight") is None
+
+
+@pytest.mark.parametrize("family", BAD)
+def test_a_model_that_computes_outside_its_layers_is_refused_in_one_sentence(family: str) -> None:
+    with pytest.raises(ModelUnsupported, match="span of zero layers is not the identity") as caught:
+        check_identity(BAD[family])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_causal_head_is_refused() -> None:
+    from transformers import CLIPConfig
+
+    with pytest.raises(ModelUnsupported, match="no causal language model can be built from a 'clip' configuration"):
+        check_identity(CLIPConfig())
+
+
+@pytest.mark.parametrize("family", GOOD)
+def test_spans_of_a_model_add_up_to_the_model_to_the_bit(family: str) -> None:
+    config, _, _ = GOOD[family]
+    site = check_identity(config)
+    torch.manual_seed(0)
+    whole = build_skeleton(config).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.05)
+
+    def span(start: int, stop: int) -> torch.nn.Module:
+        model = build_skeleton(config)
+        parent = truncate(model, site, start, stop)
+        layers = getattr(parent, site.attribute)
+        for layer, source in zip(layers, whole.get_submodule(site.prefix[:-1])[start:stop], strict=True):
+            layer.load_state_dict(source.state_dict(), assign=True)
+        init_buffers(parent, model)
+        return parent
+
+    hidden_BTH, mask_BT = torch.randn(2, 6, 32), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        expected = call_span(span(0, 3), hidden_BTH, attention_mask=mask_BT)
+        found = call_span(span(1, 3), call_span(span(0, 1), hidden_BTH, attention_mask=mask_BT), attention_mask=mask_BT)
+    assert torch.equal(found, expected) and not torch.equal(found, hidden_BTH)
+
+
+def test_a_skeleton_takes_no_memory_and_learns_nothing() -> None:
+    model = build_skeleton(GOOD["llama"][0])
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters()) and not model.training
+
+
+def test_a_model_is_named_alike_whatever_its_path_dtype_and_library(models: dict[str, Path]) -> None:
+    config = load_config(str(models["bloom"]))
+    other = copy.deepcopy(config)
+    other.dtype, other._name_or_path, other.use_cache, other.transformers_version = torch.bfloat16, "/elsewhere", False, "9.9"
+    other.architectures = ["BloomModel"]
+    other._attn_implementation = "eager"
+    assert config_digest(other) == config_digest(config) and len(config_digest(config)) == 16
+
+
+@pytest.mark.parametrize("changes", [{"n_layer": 5}, {"hidden_size": 64}, {"n_head": 2}, {"vocab_size": 97}, {"layer_norm_epsilon": 1e-6}, {"apply_residual_connection_post_layernorm": True}])
+def test_a_model_that_computes_otherwise_is_named_otherwise(models: dict[str, Path], changes: dict[str, Any]) -> None:
+    config = load_config(str(models["bloom"]))
+    other = copy.deepcopy(config)
+    other.update(changes)
+    assert config_digest(other) != config_digest(config)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"model_type": "nonsense"}'])
+def test_a_directory_without_a_readable_config_is_refused_in_one_sentence(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"has no readable config\.json") as caught:
+        load_config(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere", "~/nowhere", "a/b/c", "", "  "])
+def test_a_missing_path_is_never_taken_for_a_hub_id(model: str) -> None:
+    with pytest.raises(UsageError, match="is not a directory"):
+        load_config(model)
+
+
+def test_a_span_outside_the_model_is_refused_with_its_blocks() -> None:
+    assert check_span(BlockSpan(1, 3), 3) == BlockSpan(1, 3)
+    with pytest.raises(UsageError, match="blocks 2:4 reach outside the model, which has blocks 0:3"):
+        check_span(BlockSpan(2, 4), 3)
