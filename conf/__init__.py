@@ -1,1 +1,1 @@
-"""YAML files that Hydra composes; ``swarmtune/config.py`` says what they may hold."""
+"""YAML files that Hydra composes; ``swarmtune/schema.py`` says what they may hold."""

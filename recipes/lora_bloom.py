@@ -11,7 +11,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import swarmtune
-from swarmtune.config import Config, resolve_path, to_plain
+from swarmtune.config import resolve_path, to_plain
+from swarmtune.schema import Config
 from swarmtune.train.data import TextDataModule
 from swarmtune.train.library_keys import peft_config
 from swarmtune.train.module import CausalLMModule

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servers.config import ServeConfig
-from swarmtune.config import Dtype, compose
-from swarmtune.errors import ServerStartFailed, SwarmtuneError, UsageError
+from swarmtune.config import compose
+from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError
+from swarmtune.schema import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +124,7 @@ async def _serve(config: ServeConfig, parent: Parent | None) -> None:
         logger.info("serving blocks %s of %s in %s at %s", span.span, config.model, info.dtype, " ".join(node.addresses))
         if parent is not None:
             parent.tell(peer=node.peer_id, addresses=list(node.addresses))
-        await _until_told(handler)
-        announcing.cancel()
+        await _until_told(handler, announcing, node.daemon_ended)
     finally:
         await directory.close()
         await node.close()
@@ -221,13 +221,25 @@ async def _reach(node: HivemindNode, addresses: tuple[str, ...]) -> list[str]:
     return [address for address, answer in zip(others, answers, strict=True) if isinstance(answer, str)]
 
 
-async def _until_told(handler: CallHandler) -> None:
-    """Wait for SIGTERM or Ctrl-C, then refuse new work and finish what is in flight; a second signal ends at once."""
+async def _until_told(handler: CallHandler, announcing: asyncio.Task[None], daemon_ended: asyncio.Event) -> None:
+    """Wait for SIGTERM or Ctrl-C, then refuse new work and finish what is in flight; a second signal ends at once.
+
+    Raises:
+        SwarmError: the daemon ended, so nobody can reach this server any more.
+    """
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    await told.wait()
+    waits = [asyncio.create_task(told.wait()), asyncio.create_task(daemon_ended.wait())]
+    await asyncio.wait([*waits, announcing], return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    if announcing.done():
+        announcing.result()
+    announcing.cancel()
+    if daemon_ended.is_set():
+        raise SwarmError("the p2p daemon of this server ended, so nobody can reach it: start the server again")
     handler.draining = True
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, os._exit, 0)

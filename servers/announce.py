@@ -49,5 +49,9 @@ async def _greet(node: HivemindNode, directory: DirectoryNode, addresses: Sequen
 
 async def _publish(node: HivemindNode, directory: DirectoryNode, info: ServerInfo) -> None:
     announcement = Announcement(node.peer_id, info, node.addresses, time.time() + LIFETIME_S)
-    if not await directory.publish(announcement, announcement.seal(node.identity)):
-        logger.warning("the DHT did not take this server's record; trying again in %.0f s", RENEW_EVERY_S)
+    try:
+        stored, why = await directory.publish(announcement, announcement.seal(node.identity)), "refused"
+    except TransportError as error:
+        stored, why = False, str(error)
+    if not stored:
+        logger.warning("the DHT did not take this server's record (%s); trying again in %.0f s", why, RENEW_EVERY_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from swarmtune.config import Dtype
+from swarmtune.schema import Dtype
 from swarmtune.types import BlockSpan
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import swarmtune
-from swarmtune.config import Config, ProgressKind, SwarmKind, resolve_path, save_yaml, to_plain
+from swarmtune.config import resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
+from swarmtune.schema import Config, ProgressKind, SwarmKind
 from swarmtune.types import BlockSpan
 
 if TYPE_CHECKING:

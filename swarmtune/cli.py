@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import swarmtune
-from swarmtune.errors import NonFinite, SwarmtuneError, UsageError
+from swarmtune.errors import BlocksUnserved, NonFinite, PeersUnreachable, SwarmMismatch, SwarmtuneError, UsageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -43,6 +43,8 @@ Example:
   swarmtune recipe=lora_bloom data=notes.jsonl trainer.max_steps=500
 """
 VERBS = ("serve",)
+WRONG_INPUT = (UsageError, NonFinite, PeersUnreachable, BlocksUnserved, SwarmMismatch)
+"""What the user can mend by giving something else; the rest is the swarm's failure."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(words, started)
     except SwarmtuneError as error:
         print(f"swarmtune: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, UsageError | NonFinite) else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, WRONG_INPUT) else EXIT_FAILED
     except KeyboardInterrupt as error:
         print(f"swarmtune: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED

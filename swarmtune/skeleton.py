@@ -132,13 +132,19 @@ def truncate(model: PreTrainedModel, site: LayerSite, start: int, stop: int) -> 
     _neutralise(parent, site)
     setattr(parent, site.attribute, kept)
     full: Any = parent.config
-    config = _slice_config(full, start, stop, site.num_blocks)
+    _use_config(parent, _slice_config(full, start, stop, site.num_blocks))
     for module in parent.modules():
-        if getattr(module, "config", None) is full:
-            module.config = config  # type: ignore[assignment]
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx -= start  # type: ignore[operator, assignment]
     return parent.eval().requires_grad_(False)
+
+
+def _use_config(parent: nn.Module, config: PretrainedConfig) -> None:
+    """Put ``config`` in the place of the one that ``parent`` shares with its modules."""
+    former = parent.config
+    for module in parent.modules():
+        if getattr(module, "config", None) is former:
+            module.config = config  # type: ignore[assignment]
 
 
 def _neutralise(parent: nn.Module, site: LayerSite) -> None:
@@ -216,6 +222,7 @@ def check_identity(config: PretrainedConfig) -> LayerSite:
     """
     model = build_skeleton(config)
     site = find_layers(model)
+    full: Any = model.get_submodule(site.parent_name).config
     parent = truncate(model, site, 0, 0)
     init_buffers(parent, model)
     if not _echoes(parent, site, []):
@@ -223,7 +230,7 @@ def check_identity(config: PretrainedConfig) -> LayerSite:
             f"{type(model).__name__} changes hidden states outside its layers (a span of zero layers is not the identity), "
             "so it cannot be cut into spans exactly: use a model that passes this check"
         )
-    cast(PretrainedConfig, parent.config).num_hidden_layers = 1
+    _use_config(parent, _slice_config(full, 0, 1, site.num_blocks))
     for returns_tuple in (False, True):
         if _echoes(parent, site, [_Echo(returns_tuple)]):
             return replace(site, returns_tuple=returns_tuple)

@@ -147,8 +147,8 @@ class HivemindDiscovery:
     async def _announced(self, model: str) -> set[str]:
         try:
             announcements = await self._directory.find(model)
-        except TimeoutError:
-            logger.debug("the DHT did not answer in time")
+        except TransportError as error:
+            logger.debug("%s", error)
             return set()
         found = set()
         for announcement in announcements:

@@ -25,7 +25,7 @@ def local_path(model: str) -> Path | None:
         UsageError: it looks like a path, and there is no such directory.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model.strip() and path.is_dir():
         return path.resolve()
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.exists() or (os.sep != "/" and os.sep in model)
     if looks_local or not model.strip():
@@ -77,9 +77,13 @@ class Checkpoint:
         if index is not None:
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
-                return {str(key): str(shard) for key, shard in weight_map.items()}
+                found = {str(key): str(shard) for key, shard in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelUnsupported(f"{index} is not an index of safetensors shards") from error
+            for shard in set(found.values()):
+                if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                    raise ModelUnsupported(f"{index} names a shard outside of the model: {shard[:200]!r}")
+            return found
         single = self._fetch(SINGLE)
         if single is None:
             raise ModelUnsupported(f"the model {self._model!r} has neither {SINGLE} nor {INDEX}: convert it to safetensors")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import msgpack
 from hivemind.dht.node import DHTNode
@@ -13,11 +15,13 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import get_dht_time
 
 from swarmtune.discovery.records import MAX_RECORD_BYTES, Announcement
 from swarmtune.errors import WireError
+from swarmtune.transport.base import TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,26 @@ DICTIONARY_CODE = 0x50
 MAX_DICTIONARY_BYTES = 1 << 22
 MAX_ENTRIES = 4096
 FIND_TIMEOUT_S = 8.0
+START_TIMEOUT_S = 15.0
+PUBLISH_TIMEOUT_S = 15.0
+CLOSE_TIMEOUT_S = 2.0
+_FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError, RuntimeError)
+
+
+@asynccontextmanager
+async def _deadline(what: str, timeout_s: float) -> AsyncIterator[None]:
+    """Bound one exchange with the DHT, and translate what hivemind raises.
+
+    Raises:
+        TransportError: it failed or took too long.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise TransportError(f"the DHT could not {what} within {timeout_s:.0f} s") from error
+    except _FOREIGN as error:
+        raise TransportError(f"the DHT could not {what}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 class BoundedSerializer(SerializerBase):
@@ -106,35 +130,39 @@ class DirectoryNode:
     async def start(self, p2p: P2P, initial_peers: list[str], *, client: bool) -> None:
         """Join the DHT of ``initial_peers``, which the daemon must already have been told how to reach."""
         DHTProtocol.serializer = BoundedSerializer  # before any handler listens: the library's own has no bounds
-        self._node = await DHTNode.create(
-            p2p,
-            initial_peers=initial_peers,
-            client_mode=client,
-            record_validator=AnnouncementValidator(),
-            ensure_bootstrap_success=False,
-            strict=False,
-            cache_locally=False,
-            cache_nearest=0,
-            cache_on_store=False,
-            wait_timeout=3.0,
-            bootstrap_timeout=3.0,
-        )
+        async with _deadline("start", START_TIMEOUT_S):
+            self._node = await DHTNode.create(
+                p2p,
+                initial_peers=initial_peers,
+                client_mode=client,
+                record_validator=AnnouncementValidator(),
+                ensure_bootstrap_success=False,
+                strict=False,
+                cache_locally=False,
+                cache_nearest=0,
+                cache_on_store=False,
+                wait_timeout=3.0,
+                bootstrap_timeout=3.0,
+            )
 
     async def greet(self, peer: str) -> None:
         """Meet a peer that was not there at the start."""
         assert self._node is not None, "greet before start"
-        await self._node.protocol.call_ping(PeerID.from_base58(peer))
+        async with _deadline("greet a peer", FIND_TIMEOUT_S):
+            await self._node.protocol.call_ping(PeerID.from_base58(peer))
 
     async def publish(self, announcement: Announcement, record: bytes) -> bool:
         """Store a sealed record under its model and peer until it expires."""
         assert self._node is not None, "publish before start"
-        stored = await self._node.store(dht_key(announcement.info.model), record, expiration_time=announcement.expires_at, subkey=announcement.peer)
-        return bool(stored)
+        async with _deadline("store a record", PUBLISH_TIMEOUT_S):
+            return bool(
+                await self._node.store(dht_key(announcement.info.model), record, expiration_time=announcement.expires_at, subkey=announcement.peer)
+            )
 
     async def find(self, model: str) -> list[Announcement]:
         """The live announcements of a model. Nothing in them is more than their owners' word."""
         assert self._node is not None, "find before start"
-        async with asyncio.timeout(FIND_TIMEOUT_S):
+        async with _deadline("find servers", FIND_TIMEOUT_S):
             found = await self._node.get(dht_key(model), latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
@@ -150,4 +178,8 @@ class DirectoryNode:
         """Leave the DHT."""
         if self._node is not None:
             node, self._node = self._node, None
-            await node.shutdown()
+            try:
+                async with _deadline("say goodbye", CLOSE_TIMEOUT_S):  # it would wait for ever for a daemon that is gone
+                    await node.shutdown()
+            except TransportError as error:
+                logger.debug("%s", error)

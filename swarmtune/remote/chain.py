@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -251,7 +251,7 @@ class Chain:
         """
         began = time.monotonic()
         self.counters.calls += 1
-        request = encode(call.to_message())
+        request = encode(replace(call, remaining_ms=int(self.settings.call_timeout_s * 1000)).to_message())
         try:
             reply = decode(await self._transport.call(hop.peer, request, self.settings.call_timeout_s))
             if reply.kind == "fault":

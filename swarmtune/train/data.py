@@ -168,7 +168,7 @@ class TextDataModule(LightningDataModule):
 
     Args:
         tokenizer: a directory or hub id with the model's tokenizer.
-        source: ``python_topics`` or ``dataset``; the rest is explained in ``swarmtune.config.DataConfig``.
+        source: ``python_topics`` or ``dataset``; the rest is explained in ``swarmtune.schema.DataConfig``.
         seed: seed of the order of training windows.
     """
 

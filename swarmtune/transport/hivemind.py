@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 STREAM_NAME = "/swarmtune/1"
 START_TIMEOUT_S = 20.0
 DIAL_TIMEOUT_S = 8.0
+CLOSE_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 256
 KEEPER = 'dir=$1; shift; "$@" </dev/null & child=$!; echo "daemon $child"; exec >&- 2>&-; read -r _; kill "$child"; wait "$child"; rm -rf -- "$dir"'
 """Waits for the end of its standard input (ours to hold open), then ends the daemon and removes its directory."""
@@ -49,6 +50,7 @@ class HivemindNode:
     Attributes:
         peer_id: ours, in base 58.
         addresses: where others can dial us; empty for a node that does not listen.
+        daemon_ended: set once the daemon is gone, whoever ended it.
     """
 
     def __init__(self, identity: Identity | None = None, limits: WireLimits | None = None) -> None:
@@ -65,6 +67,7 @@ class HivemindNode:
         self._connections: dict[str, Connection] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
         self._served: set[Connection] = set()
+        self.daemon_ended = asyncio.Event()
 
     @property
     def p2p(self) -> P2P:
@@ -152,13 +155,13 @@ class HivemindNode:
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
-            await p2p.shutdown()
+            await asyncio.wait_for(p2p.shutdown(), CLOSE_TIMEOUT_S)
         if self._keeper is not None:
             keeper, self._keeper = self._keeper, None
             assert keeper.stdin is not None
             keeper.stdin.close()
             try:
-                await asyncio.wait_for(keeper.wait(), 5.0)
+                await asyncio.wait_for(keeper.wait(), CLOSE_TIMEOUT_S)
             except TimeoutError:
                 keeper.kill()
         if self._output is not None:
@@ -200,7 +203,7 @@ class HivemindNode:
         """Keep the daemon's pipe empty; its end means that the daemon is gone."""
         async for raw in output:
             logger.debug("p2pd: %s", raw.decode("utf-8", "replace").rstrip())
-        logger.debug("the p2p daemon has ended")
+        self.daemon_ended.set()
 
     async def _open_stream(self, peer: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """What ``P2P.call_binary_stream_handler`` does, but closing the socket to the daemon when it fails or is cancelled."""

@@ -88,6 +88,19 @@ def test_killed_server_leaves_no_daemon_and_no_directory(bloom: Path) -> None:
         assert directories() - before == set()
 
 
+def test_server_whose_daemon_is_killed_ends_and_says_why(bloom: Path, tmp_path: Path) -> None:
+    import swarmtune
+
+    with swarmtune.LocalSwarm(bloom, ["0:4"], log_dir=tmp_path) as local:
+        (daemon,) = [child for child in descendants(local.servers[0].pid) if child.name() == "p2pd"]
+        daemon.kill()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and local.servers[0].alive:
+            time.sleep(0.1)
+        assert not local.servers[0].alive
+    assert "the p2p daemon of this server ended" in (tmp_path / "server-0.log").read_text()
+
+
 def _runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

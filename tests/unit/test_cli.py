@@ -66,7 +66,7 @@ def test_exit_codes_and_sentences(words: list[str], code: int, said: str, tmp_pa
     [
         (UsageError("bad key"), 2, "swarmtune: bad key\n"),
         (NonFinite("loss is nan"), 2, "swarmtune: loss is nan\n"),
-        (PeersUnreachable("nobody answered"), 1, "swarmtune: nobody answered\n"),
+        (PeersUnreachable("nobody answered"), 2, "swarmtune: nobody answered\n"),
         (KeyboardInterrupt(), 130, "swarmtune: interrupted\n"),
         (KeyboardInterrupt("saved in x"), 130, "swarmtune: saved in x\n"),
     ],

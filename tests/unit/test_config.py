@@ -6,8 +6,9 @@ import yaml
 
 import conf
 from swarmtune import config
-from swarmtune.config import Config, Dtype, compose, load_config, options, resolve_path, save_yaml, to_plain
+from swarmtune.config import compose, load_config, options, resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
+from swarmtune.schema import Config, Dtype
 from swarmtune.train.library_keys import check_trainer_flags, peft_config, trainer_flags
 
 CONF = Path(conf.__file__).parent

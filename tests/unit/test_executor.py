@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
+
 from servers import executor as module
 from servers.executor import Busy, Executor, Expired
 
@@ -61,7 +62,11 @@ def test_lower_numbers_go_first_and_equals_keep_their_order(executor: Executor) 
         gate, first = await occupy(executor)
         jobs = []
         for number, priority in enumerate([1, 0, 2, 1, 0, 2, 1, 0]):
-            jobs.append(asyncio.create_task(executor.submit(lambda priority=priority, number=number: done.append((priority, number)), priority=priority, timeout_s=5)))
+            jobs.append(
+                asyncio.create_task(
+                    executor.submit(lambda priority=priority, number=number: done.append((priority, number)), priority=priority, timeout_s=5)
+                )
+            )
             await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(first, *jobs)
@@ -111,6 +116,7 @@ def test_a_job_of_a_caller_who_left_is_not_run_and_holds_nothing(executor: Execu
         left.cancel()
         await asyncio.gather(left, return_exceptions=True)
         del left
+        await asyncio.sleep(0.01)
         gc.collect()
         assert seen() is None, "a dropped job keeps its tensors in the queue"
         gate.set()

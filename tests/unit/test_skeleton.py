@@ -95,7 +95,17 @@ def test_a_model_is_named_alike_whatever_its_path_dtype_and_library(models: dict
     assert config_digest(other) == config_digest(config) and len(config_digest(config)) == 16
 
 
-@pytest.mark.parametrize("changes", [{"n_layer": 5}, {"hidden_size": 64}, {"n_head": 2}, {"vocab_size": 97}, {"layer_norm_epsilon": 1e-6}, {"apply_residual_connection_post_layernorm": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_layer": 5},
+        {"hidden_size": 64},
+        {"n_head": 2},
+        {"vocab_size": 97},
+        {"layer_norm_epsilon": 1e-6},
+        {"apply_residual_connection_post_layernorm": True},
+    ],
+)
 def test_a_model_that_computes_otherwise_is_named_otherwise(models: dict[str, Path], changes: dict[str, Any]) -> None:
     config = load_config(str(models["bloom"]))
     other = copy.deepcopy(config)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import weights as servers_weights
-from servers.weights import BlockWeights, load_blocks
 from transformers import AutoModelForCausalLM
 
+from servers import weights as servers_weights
+from servers.weights import BlockWeights, load_blocks
 from swarmtune import model as client
 from swarmtune.errors import ModelUnsupported, UsageError
 from swarmtune.skeleton import check_identity, load_config

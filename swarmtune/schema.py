@@ -1,0 +1,232 @@
+"""The schema of a training run: what each key means, and which values it takes. ``config.py`` fills it from YAML files and words."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtune.errors import UsageError
+from swarmtune.types import BlockSpan
+
+
+class Dtype(enum.Enum):
+    """Precision of the frozen blocks; ``auto`` is the one that the model is stored in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class SwarmKind(enum.Enum):
+    """Where the frozen blocks run."""
+
+    LOCAL = "local"
+    JOIN = "join"
+
+
+class Codec(enum.Enum):
+    """How tensors are compressed on the wire."""
+
+    NONE = "none"
+
+
+class Source(enum.Enum):
+    """Where text comes from."""
+
+    PYTHON_TOPICS = "python_topics"
+    DATASET = "dataset"
+
+
+class Schedule(enum.Enum):
+    """Shape of the learning rate after its warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class ProgressKind(enum.Enum):
+    """How progress is shown; ``auto`` is a bar on a terminal and lines elsewhere."""
+
+    AUTO = "auto"
+    BAR = "bar"
+    LINES = "lines"
+    NONE = "none"
+
+
+def _need(ok: bool, sentence: str) -> None:
+    """Refuse a value; ``sentence`` begins with the field's name, and the full key is put before it."""
+    if not ok:
+        raise ValueError(sentence)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model."""
+
+    path: str
+    """A local directory in Hugging Face layout, a hub id, or ``pkg://package/folder`` for one inside a Python package."""
+
+    def __post_init__(self) -> None:
+        _need(bool(self.path), "path must not be empty")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it is cut."""
+
+    source: Source = Source.PYTHON_TOPICS
+    """The help topics that come with Python, or anything that ``datasets`` reads."""
+    path: str | None = None
+    """For ``dataset``: a json, jsonl, parquet, csv or text file, a directory of these, a saved dataset, or a hub id."""
+    text_column: str = "text"
+    """The column that holds the text."""
+    split: str = "train"
+    """The split of a dataset that has several; validation text is cut from it, by document."""
+    validation_fraction: float = 0.15
+    """Share of the text held out for validation, by whole documents."""
+    sequence_length: int = 128
+    """Tokens per window."""
+    batch_size: int = 8
+    """Windows per batch."""
+    num_workers: int = 0
+    """Processes that prepare batches; windows are ready in memory, so 0 is rarely slower."""
+
+    def __post_init__(self) -> None:
+        _need(self.source is not Source.DATASET or bool(self.path), "path must name a file, a directory or a hub id")
+        _need(0 < self.validation_fraction < 1, f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
+        _need(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
+        _need(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        _need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class SwarmConfig:
+    """Which servers run the frozen blocks, and how this client talks to them."""
+
+    kind: SwarmKind = SwarmKind.LOCAL
+    """``local`` starts bundled servers on this machine and stops them at the end; ``join`` uses a swarm that is already there."""
+    initial_peers: tuple[str, ...] = ()
+    """For ``join``: addresses (``/ip4/.../p2p/...``) of any servers of the swarm."""
+    servers: int = 2
+    """For ``local``: how many servers share the blocks evenly."""
+    spans: tuple[str, ...] | None = None
+    """For ``local``: the blocks of each server, such as ``["0:3", "3:6"]``, instead of an even split; a span given twice is a replica."""
+    dtype: Dtype = Dtype.FLOAT32
+    """For ``local``: precision of the frozen blocks."""
+    threads: int | None = None
+    """For ``local``: threads of each server; if not given, the cores are shared out, because servers that compete for cores wait for each other."""
+    micro_batch_tokens: int = 4096
+    """Tokens per request; a larger batch is split, so that several requests are under way at once."""
+    max_in_flight: int = 4
+    """Requests under way at once."""
+    patience_s: float = 30.0
+    """Seconds of trying other servers before a call fails."""
+    codec: Codec = Codec.NONE
+    """How tensors are compressed on the wire; ``none`` is exact."""
+
+    def __post_init__(self) -> None:
+        joining = self.kind is SwarmKind.JOIN
+        _need(not joining or bool(self.initial_peers), "initial_peers must list at least one server of the swarm to join")
+        _need(joining or not self.initial_peers, "initial_peers needs swarm=join")
+        _need(not joining or self.spans is None, "spans needs swarm=local: servers of another swarm choose their own blocks")
+        _need(self.servers >= 1, f"servers must be at least 1, got {self.servers}")
+        _need(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
+        _need(self.spans is None or len(self.spans) > 0, 'spans must list at least one span, such as ["0:3", "3:6"]')
+        for span in self.spans or ():
+            try:
+                BlockSpan.parse(span)
+            except UsageError as error:
+                raise ValueError(f"spans: {error}") from error
+        _need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
+        _need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
+        _need(self.patience_s > 0, f"patience_s must be above 0, got {self.patience_s}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on what learns, and its learning rate over time."""
+
+    lr: float = 1e-3
+    """Highest learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    schedule: Schedule = Schedule.COSINE
+    """Shape of the learning rate after its warm-up."""
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises from 0."""
+
+    def __post_init__(self) -> None:
+        _need(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        _need(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            _need(0 <= beta < 1, f"{name} must be at least 0 and below 1, got {beta}")
+        _need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go besides the CSV file, which is always written."""
+
+    wandb: bool = False
+    """Also log to Weights & Biases; ``WANDB_MODE=offline`` needs no login."""
+    project: str = "swarmtune"
+    """W&B project."""
+
+
+@dataclass(frozen=True)
+class CallbacksConfig:
+    """What happens around training."""
+
+    checkpoint_every_steps: int = 100
+    """Optimizer steps between checkpoints, each with a PEFT directory beside it."""
+    checkpoints_kept: int = 3
+    """How many of the newest checkpoints stay; -1 keeps all."""
+    progress: ProgressKind = ProgressKind.AUTO
+    """How progress is shown."""
+    line_every_s: float = 5.0
+    """Seconds between lines of progress."""
+    loss_curve: bool = True
+    """Draw the loss curve at the end."""
+
+    def __post_init__(self) -> None:
+        _need(self.checkpoint_every_steps >= 1, f"checkpoint_every_steps must be at least 1, got {self.checkpoint_every_steps}")
+        _need(self.checkpoints_kept == -1 or self.checkpoints_kept >= 1, f"checkpoints_kept must be -1 or at least 1, got {self.checkpoints_kept}")
+        _need(self.line_every_s > 0, f"line_every_s must be above 0, got {self.line_every_s}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    recipe: str
+    """The file of ``recipes/`` that builds the module and the data."""
+    model: ModelConfig
+    """Group ``model``, or ``model=<local directory or hub id>``."""
+    adapter: dict[str, Any]
+    """Group ``adapter``: ``peft_type`` and any field of PEFT's config of that type; or ``adapter=<saved adapter directory>``, which is ``path``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Group ``data``, or ``data=<local file, directory or hub id>``."""
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)
+    """Group ``swarm``."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer and its schedule."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Group ``trainer``: any flag of ``lightning.Trainer``."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Group ``logger``."""
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    """Group ``callbacks``."""
+    seed: int = 0
+    """Seed of initial values, data order and dropout."""
+    run_dir: str | None = None
+    """Where everything of this run is written; ``runs/<recipe>/<time>`` if not given."""
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")

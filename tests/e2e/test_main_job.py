@@ -1,0 +1,200 @@
+"""Whole commands as a user types them: real servers, real hivemind, the embedded model and data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM, GraniteConfig
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+POCKET = ROOT / "swarmtune" / "assets" / "pocket_bloom"
+COMMAND = [sys.executable, "-m", "swarmtune.cli"]
+SUMMARY_KEYS = {
+    "val_loss_before", "val_loss_after", "steps", "trainable_params", "total_params", "tokens_per_s", "bytes_up", "bytes_down", "adapter_dir", "run_dir",
+}  # fmt: skip
+
+
+def run(words: list[str], cwd: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "160"}
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Sixty steps, started in a directory that has a ``conf`` and a ``servers`` of its own."""
+    cwd = tmp_path_factory.mktemp("somewhere")
+    for name in ("conf", "servers", "recipes"):
+        (cwd / name).mkdir()
+        (cwd / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
+    done = run(["recipe=lora_bloom", "trainer.max_steps=60", "run_dir=out"], cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd / "out", done.stdout
+
+
+def test_main_job_ends_with_a_summary_and_a_lower_perplexity(short_run: tuple[Path, str]) -> None:
+    run_dir, output = short_run
+    summary = summary_of(run_dir)
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["steps"] == 60
+    assert math.exp(summary["val_loss_after"]) < 0.93 * math.exp(summary["val_loss_before"])
+    assert summary["total_params"] > summary["trainable_params"] > 0
+    assert min(summary["bytes_up"], summary["bytes_down"], summary["tokens_per_s"]) > 0
+    assert summary["seconds_to_first_step"] < 60
+    assert Path(summary["loss_curve"]).read_bytes().startswith(b"\x89PNG")
+    for fact in ("tok/s", "perplexity", str(run_dir.name), "from_pretrained"):
+        assert fact in output
+    assert "Traceback" not in output
+
+
+def test_adapter_of_the_main_job_loads_with_the_three_lines_shown(short_run: tuple[Path, str]) -> None:
+    run_dir, _ = short_run
+    model = AutoPeftModelForCausalLM.from_pretrained(run_dir / "adapter").eval()
+    base = AutoModelForCausalLM.from_pretrained(POCKET).eval()
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)
+    inputs = tokenizer("The with statement is used to wrap the execution of a block with methods defined by a context manager.", return_tensors="pt")
+    with torch.no_grad():
+        tuned, plain = model(**inputs, labels=inputs["input_ids"]).loss, base(**inputs, labels=inputs["input_ids"]).loss
+    assert tuned < plain
+
+
+def test_checkpoints_hold_only_what_learns_with_an_adapter_beside_each(short_run: tuple[Path, str]) -> None:
+    run_dir, _ = short_run
+    checkpoints = sorted(run_dir.glob("checkpoints/**/*.ckpt"))
+    assert checkpoints
+    for path in checkpoints:
+        names = torch.load(path, weights_only=False)["state_dict"]
+        assert names
+        assert all("lora_" in name for name in names)
+        (adapter,) = (
+            list(path.parent.glob("**/adapter_config.json"))
+            if path.parent.name.startswith("step")
+            else [next(run_dir.glob("checkpoints/**/adapter_config.json"))]
+        )
+        assert adapter.is_file()
+    metrics = next(run_dir.glob("csv/**/metrics.csv")).read_text().splitlines()
+    assert {"train_loss", "val_loss", "lr"} <= set(metrics[0].split(","))
+
+
+def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: Path) -> None:
+    words = ["recipe=lora_bloom", "trainer.max_steps=12", "trainer.limit_val_batches=2", 'swarm.spans=["0:3","3:6","0:3","3:6"]', "swarm.threads=1"]
+    assert run([*words, "run_dir=quiet"], tmp_path).returncode == 0
+    process = subprocess.Popen([*COMMAND, *words, "run_dir=loud", "callbacks.progress=lines", "callbacks.line_every_s=0.1"], cwd=tmp_path, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    assert process.stdout is not None
+    killed = 0
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if killed < 2 and re.search(r"\b(step|Step)\b", line):
+            os.kill(servers_of(process.pid)[killed].pid, signal.SIGKILL)
+            killed += 1
+    assert process.wait(60) == 0, "".join(lines)
+    process.stdout.close()
+    assert killed == 2
+    quiet, loud = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("quiet", "loud"))
+    assert summary_of(tmp_path / "loud")["retries"] >= 1
+    assert list(quiet) == list(loud)
+    assert all(torch.equal(quiet[name], loud[name]) for name in quiet)
+
+
+def servers_of(pid: int) -> list[psutil.Process]:
+    """The bundled servers of a run, in the order of their spans."""
+    return sorted((child for child in psutil.Process(pid).children() if "servers" in child.cmdline()), key=lambda child: child.pid)
+
+
+def test_sharded_local_model_and_local_text_take_the_same_path(tmp_path: Path) -> None:
+    model = BloomForCausalLM.from_pretrained(POCKET)
+    model.save_pretrained(tmp_path / "my model (1)", max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(POCKET).save_pretrained(tmp_path / "my model (1)")
+    assert len(list((tmp_path / "my model (1)").glob("*.safetensors"))) > 2
+    text = [json.dumps({"text": f"def function_{number}(): return the {number}th value of the sequence, or None. " * 20}) for number in range(40)]
+    (tmp_path / "notes.jsonl").write_text("\n".join(text))
+    done = run(["recipe=lora_bloom", "model=my model (1)", "data=notes.jsonl", "trainer.max_steps=4", "trainer.accumulate_grad_batches=2",
+                "trainer.gradient_clip_val=0.5", "trainer.precision=bf16-mixed", "data.batch_size=2", "run_dir=out"], tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary_of(tmp_path / "out")["steps"] == 4
+    PeftModel.from_pretrained(model, tmp_path / "out" / "adapter")
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path: Path) -> None:
+    words = ["recipe=lora_bloom", "trainer.max_steps=3", "trainer.limit_val_batches=1", "swarm.servers=1", "swarm.threads=1"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run([*words, f"seed={seed}", f"run_dir={name}"], tmp_path).returncode == 0
+    a, b, c = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["adapter.target_modules=[nope]"], 2, "match nothing"),
+        (["adapter.peft_type=ADALORA"], 2, "ADALORA"),
+        (["adapter.lora_dropout=0.1"], 2, "lora_dropout"),
+        (["swarm.spans=['0:2']", "swarm.patience_s=2"], 2, "nobody serves blocks 2:6 of 0:6"),
+        (["swarm.spans=['0:9']"], 2, "0:9"),
+        (["model=granite"], 2, "a span of zero layers is not the identity"),
+        (["optimizer.lr=1e30", "optimizer.warmup_steps=0", "trainer.gradient_clip_val=null"], 2, "block"),
+        (["swarm=join", "swarm.initial_peers=[/ip4/127.0.0.1/tcp/1/p2p/12D3KooWMEUhm3PfKTu7SMn27jjfqRMZDvWXWLvtJoGAokbb25mF]", "swarm.patience_s=1"], 2,
+         "none of the initial peers answered"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_without_a_traceback(tmp_path: Path, words: list[str], code: int, sentence: str) -> None:
+    if "model=granite" in words:
+        config = GraniteConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            vocab_size=64,
+            embedding_multiplier=12.0,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
+        AutoTokenizer.from_pretrained(POCKET).save_pretrained(tmp_path / "granite")
+    done = run(["recipe=lora_bloom", "trainer.max_steps=4", "run_dir=out", *words], tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("swarmtune:")]) == 1
+
+
+def test_ctrl_c_keeps_the_adapter_and_leaves_no_process(tmp_path: Path) -> None:
+    process = subprocess.Popen([*COMMAND, "recipe=lora_bloom", "run_dir=out", "callbacks.progress=lines", "callbacks.line_every_s=0.1"], cwd=tmp_path,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(r"step [2-9]", line):
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family):
+        time.sleep(0.1)
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
