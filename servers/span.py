@@ -263,6 +263,8 @@ def _share(layer: nn.Module, block: nn.Module, prefix: str) -> tuple[dict[str, s
 def _check_prompt(call: SpanCall, kwarg: CallKwarg) -> None:
     batch, sequence, hidden = call.hidden_BTH.shape
     batched = kwarg.axes.get("batch") == 0
+    if not kwarg.tensor.is_floating_point():
+        raise KwargError(f"a prompt must be floating-point, got {kwarg.tensor.dtype}")
     if (
         kwarg.tensor.dim() != 2 + batched
         or kwarg.tensor.shape[-1] != hidden

@@ -63,7 +63,10 @@ async def pair(handler: Handler = echo, limits: WireLimits | None = None) -> Asy
         await client.close()
         await server.close()
         assert server._budget.used_bytes == client._budget.used_bytes == 0
-        assert not server._answering and not server._partial and not client._waiting and not client._partial
+        assert not server._answering
+        assert not server._partial
+        assert not client._waiting
+        assert not client._partial
 
 
 class Raw:
@@ -111,7 +114,9 @@ async def against_raw(
         await ours.close()
         await asyncio.sleep(0)
         assert ours._budget.used_bytes == 0
-        assert not ours._answering and not ours._partial and not ours._waiting
+        assert not ours._answering
+        assert not ours._partial
+        assert not ours._waiting
 
 
 async def settle(condition: Callable[[], bool]) -> None:
@@ -127,7 +132,8 @@ def test_many_requests_at_once_each_get_their_own_answer() -> None:
             async def ask(n: int) -> None:
                 sent = torch.full((n * 997 + 1,), float(n))
                 found = decode(await client.request(encode(Message("ask", {"n": n}, {"x": sent})), 5))
-                assert found.fields == {"n": n} and torch.equal(found.tensors["x"], sent)
+                assert found.fields == {"n": n}
+                assert torch.equal(found.tensors["x"], sent)
 
             await asyncio.gather(*map(ask, range(150)))  # more than the 64 that a peer keeps open
 
@@ -300,7 +306,8 @@ def test_a_request_ends_at_its_timeout_and_frees_the_task_of_the_server() -> Non
             with pytest.raises(TransportError, match=r"did not answer within 0\.1 s"):
                 await client.request(BIG, 0.1)
             await settle(lambda: not server._answering)
-            assert server._budget.used_bytes == 0 and not client.closed.is_set()
+            assert server._budget.used_bytes == 0
+            assert not client.closed.is_set()
 
     run(main())
 
@@ -451,7 +458,8 @@ def test_a_goodbye_in_the_middle_is_told_to_every_open_request() -> None:
 
 @pytest.mark.parametrize(
     "hello",
-    [b"", b"\xff", b"[]", b"{}", b'{"versions":1,"features":[]}', b'{"versions":[1],"features":{}}', b'{"versions":[]}', b'{"versions":["\\ud800","\\u001b[2J"]}',
+    [b"", b"\xff", b"[]", b"{}", b'{"versions":1,"features":[]}', b'{"versions":[1],"features":{}}', b'{"versions":[]}',
+     b'{"versions":["\\ud800","\\u001b[2J"]}',
      b'{"versions":[null,{},[[]]]}', b"[" * 100_000, json.dumps({"versions": [1], "features": ["x"] * 65}).encode()],
     ids=lambda hello: repr(hello)[:30],
 )  # fmt: skip
@@ -583,7 +591,8 @@ def test_a_flood_of_control_frames_from_a_peer_that_reads_nothing_piles_nothing_
             await raw.writer.drain()
             raw.send_message(SMALL, 1 << 50)
             before = len(asyncio.all_tasks())
-            assert before < 10 and len(ours._control) < 10
+            assert before < 10
+            assert len(ours._control) < 10
             while (await raw.read())[0].kind is not FrameKind.END:
                 assert len(asyncio.all_tasks()) < 10
 
@@ -656,7 +665,8 @@ def test_a_peer_that_disappears_leaves_no_task_at_either_end() -> None:
         await asyncio.gather(client.open(), server.open())
         one[1].transport.abort()
         await asyncio.gather(client.closed.wait(), server.closed.wait())
-        assert not client._answering and not server._answering  # and ``run`` finds no task
+        assert not client._answering
+        assert not server._answering
 
     run(main())
 

@@ -47,7 +47,8 @@ def forge(identity: Identity = OWNER, **changes: Any) -> bytes:
 
 def test_an_identity_comes_back_from_its_file_and_signs_alike() -> None:
     again = Identity.from_bytes(OWNER.to_bytes())
-    assert again.peer_id == OWNER.peer_id and again.to_bytes() == OWNER.to_bytes()
+    assert again.peer_id == OWNER.peer_id
+    assert again.to_bytes() == OWNER.to_bytes()
     assert verify(OWNER.peer_id, b"data", again.sign(b"data"))
 
 
@@ -119,7 +120,8 @@ def test_a_record_that_has_expired_or_would_live_too_long_is_refused(expires_at:
 
 @pytest.mark.parametrize(
     "addresses",
-    [None, [], [address(STRANGER)], [address(), address(STRANGER)], [address()] * 17, address(), [1], [None], ["/ip4/1.2.3.4/tcp/1"], [address() + "/p2p-circuit"],
+    [None, [], [address(STRANGER)], [address(), address(STRANGER)], [address()] * 17, address(), [1], [None], ["/ip4/1.2.3.4/tcp/1"],
+     [address() + "/p2p-circuit"],
      [address().replace("/ip4/127.0.0.1", "/unix/tmp/x")], [address() + "\n"], [address().replace("127.0.0.1", "1;reboot")], ["x" * 1000]],
     ids=lambda addresses: repr(addresses)[:24],
 )  # fmt: skip
@@ -172,7 +174,8 @@ def test_a_record_over_the_limit_is_refused_unread() -> None:
     ],
 )
 def test_addresses_that_name_their_peer_are_taken(good: str) -> None:
-    assert check_address(good) == good and peer_of(good) == OWNER.peer_id
+    assert check_address(good) == good
+    assert peer_of(good) == OWNER.peer_id
 
 
 @pytest.mark.parametrize(
@@ -203,12 +206,17 @@ def test_plain_values_and_the_librarys_own_dictionary_come_back() -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"", b"\xc1", b"\xdc\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x91" * 5000, b"\x81" * 5000, b"\x91" * 5000 + b"\x00", b"\x01\x02",
-        bytes(msgpack.packb(msgpack.ExtType(0x51, b"x"))), bytes(msgpack.packb(msgpack.ExtType(0x40, b"\x90"))), bytes(msgpack.packb([msgpack.ExtType(1, b"")])),
+        b"", b"\xc1", b"\xdc\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x91" * 5000, b"\x81" * 5000,
+        b"\x91" * 5000 + b"\x00", b"\x01\x02",
+        bytes(msgpack.packb(msgpack.ExtType(0x51, b"x"))), bytes(msgpack.packb(msgpack.ExtType(0x40, b"\x90"))),
+        bytes(msgpack.packb([msgpack.ExtType(1, b"")])),
         bytes(msgpack.packb(msgpack.ExtType(DICTIONARY_CODE, b""))), bytes(msgpack.packb(msgpack.ExtType(DICTIONARY_CODE, msgpack.packb([1, 2])))),
-        dictionary([["p", b"r", 1e12]] * (MAX_ENTRIES + 1)), dictionary([["p", b"r"]]), dictionary([[1, b"r", 1e12]]), dictionary([["p", "r", 1e12]]), dictionary([["p", b"r", "x"]]),
-        dictionary([["p", b"r", None]]), dictionary([["p", b"r", []]]), dictionary([["p", b"r", float("nan")]]), dictionary([["p", b"r", float("inf")]]), dictionary(["p"]), dictionary({}),  # type: ignore[arg-type]
-        dictionary([["p", msgpack.ExtType(DICTIONARY_CODE, b"\x93\x01\x02\x90"), 1e12]]), dictionary([["p", [[[]]], 1e12]]), b"\x82\xa1a\x01\xa1a", bytes(msgpack.packb({1: 2})),
+        dictionary([["p", b"r", 1e12]] * (MAX_ENTRIES + 1)), dictionary([["p", b"r"]]), dictionary([[1, b"r", 1e12]]),
+        dictionary([["p", "r", 1e12]]), dictionary([["p", b"r", "x"]]),
+        dictionary([["p", b"r", None]]), dictionary([["p", b"r", []]]), dictionary([["p", b"r", float("nan")]]),
+        dictionary([["p", b"r", float("inf")]]), dictionary(["p"]), dictionary({}),  # type: ignore[arg-type]
+        dictionary([["p", msgpack.ExtType(DICTIONARY_CODE, b"\x93\x01\x02\x90"), 1e12]]), dictionary([["p", [[[]]], 1e12]]), b"\x82\xa1a\x01\xa1a",
+        bytes(msgpack.packb({1: 2})),
     ],
     ids=lambda raw: raw[:16].hex() or "nothing",
 )  # fmt: skip
@@ -258,10 +266,13 @@ def test_the_validator_accepts_what_an_owner_announces() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"subkey": MSGPackSerializer.dumps(STRANGER.peer_id)}, {"subkey": b""}, {"subkey": b"\xc1"}, {"subkey": MSGPackSerializer.dumps(5)}, {"subkey": MSGPackSerializer.dumps("x" * 300)},
+        {"subkey": MSGPackSerializer.dumps(STRANGER.peer_id)}, {"subkey": b""}, {"subkey": b"\xc1"}, {"subkey": MSGPackSerializer.dumps(5)},
+        {"subkey": MSGPackSerializer.dumps("x" * 300)},
         {"key": DHTID.generate(source="elsewhere").to_bytes()}, {"key": b""},
-        {"expiration_time": 1e300}, {"expiration_time": float("inf")}, {"expiration_time": float("nan")}, {"expiration_time": time.time() + 35}, {"expiration_time": 0.0},
-        {"value": b""}, {"value": b"junk"}, {"value": MSGPackSerializer.dumps("text")}, {"value": MSGPackSerializer.dumps(b"x" * 200)}, {"value": b"\x91" * 5000},
+        {"expiration_time": 1e300}, {"expiration_time": float("inf")}, {"expiration_time": float("nan")}, {"expiration_time": time.time() + 35},
+        {"expiration_time": 0.0},
+        {"value": b""}, {"value": b"junk"}, {"value": MSGPackSerializer.dumps("text")}, {"value": MSGPackSerializer.dumps(b"x" * 200)},
+        {"value": b"\x91" * 5000},
         {"value": bytes(msgpack.packb(msgpack.ExtType(DICTIONARY_CODE, b"\x90")))}, {"value": MSGPackSerializer.dumps(bytes(MAX_RECORD_BYTES + 1))},
         {"sealed": announcement(time.time() + 30).seal(STRANGER)}, {"expires_at": time.time() - 60}, {"expires_at": time.time() + 3600},
     ],

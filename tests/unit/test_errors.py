@@ -44,7 +44,9 @@ def test_the_tree_in_the_docstring_is_the_real_tree() -> None:
 def test_every_error_pickles_and_copies_with_its_attributes(name: str) -> None:
     for error in EXAMPLES.get(name) or [CLASSES[name]("one clear sentence")]:
         for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
-            assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+            assert type(again) is type(error)
+            assert str(again) == str(error)
+            assert vars(again) == vars(error)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -59,7 +61,9 @@ def test_errors_raised_elsewhere_pickle_too() -> None:
 
     for kind in (Busy, Expired, TransportError):
         error = pickle.loads(pickle.dumps(kind("why")))
-        assert type(error) is kind and str(error) == "why" and isinstance(error, SwarmtuneError)
+        assert type(error) is kind
+        assert str(error) == "why"
+        assert isinstance(error, SwarmtuneError)
 
 
 def test_a_peer_fault_names_the_peer_the_blocks_and_the_cause() -> None:

@@ -70,7 +70,8 @@ def test_lower_numbers_go_first_and_equals_keep_their_order(executor: Executor) 
             await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(first, *jobs)
-        assert done == sorted(done) and len(done) == 8
+        assert done == sorted(done)
+        assert len(done) == 8
 
     run(main)
 

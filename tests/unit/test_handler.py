@@ -1,4 +1,4 @@
-"""A hostile client against doors 7 to 9: every bad call is a typed fault of one sentence, none costs a traceback, and honest calls keep their bits."""
+"""A hostile client against doors 7 to 9: every bad call is a typed fault of one sentence, none costs a traceback, honest calls keep their bits."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_an_honest_call_is_answered(handler: CallHandler) -> None:
     spec = AdapterSpec.of(LORA)
     backward = call(handler, adapter=spec, kwargs=lora_kwargs(spec.digest), grad_BTH=hidden(), input_grad=True)
     result = SpanResult.from_message(ask(handler, backward.to_message()), backward)
-    assert set(result.kwarg_grads) == {0, 1, 2, 3} and all(grad.abs().sum() > 0 for grad in result.kwarg_grads.values())
+    assert set(result.kwarg_grads) == {0, 1, 2, 3}
+    assert all(grad.abs().sum() > 0 for grad in result.kwarg_grads.values())
 
 
 def prompt(block: int = 0, **changes: Any) -> CallKwarg:
@@ -189,15 +190,21 @@ def test_a_configuration_means_the_ranks_and_scalings_that_it_lists(bloom: Path)
     skeleton = injected_skeleton(load_config(str(bloom)), AdapterSpec.of({**LORA, "modules": MODULES, "ranks": [2, 3], "alphas": [4.0, 9.0]}))
     for name, rank, scaling in zip(MODULES, (2, 3), (2.0, 3.0), strict=True):
         layer = skeleton.get_submodule(name)
-        assert layer.r["default"] == rank and layer.scaling["default"] == scaling
-        assert layer.lora_A["default"].weight.shape == (rank, 48) and layer.lora_A["default"].weight.is_meta
+        assert layer.r["default"] == rank
+        assert layer.scaling["default"] == scaling
+        assert layer.lora_A["default"].weight.shape == (rank, 48)
+        assert layer.lora_A["default"].weight.is_meta
     assert not hasattr(skeleton.get_submodule(MODULES[0].replace("h.0", "h.2")), "lora_A")
 
 
 def test_what_rebuild_gives_is_a_plain_configuration_without_patterns_to_spare() -> None:
     lora, ia3 = rebuild(AdapterSpec.of({**LORA, "ranks": [2, 2], "alphas": [4.0, 4.0]})), rebuild(AdapterSpec.of(IA3))
-    assert isinstance(lora, LoraConfig) and isinstance(ia3, IA3Config)
-    assert not lora.rank_pattern and not lora.alpha_pattern and lora.r == 2 and lora.lora_alpha == 4.0
+    assert isinstance(lora, LoraConfig)
+    assert isinstance(ia3, IA3Config)
+    assert not lora.rank_pattern
+    assert not lora.alpha_pattern
+    assert lora.r == 2
+    assert lora.lora_alpha == 4.0
 
 
 def test_a_tuner_without_one_of_its_tensors_is_a_bad_request(handler: CallHandler, caplog: pytest.LogCaptureFixture) -> None:
@@ -205,7 +212,8 @@ def test_a_tuner_without_one_of_its_tensors_is_a_bad_request(handler: CallHandle
     for index in range(4):
         kwargs = lora_kwargs(spec.digest)
         fault = refusal(handler, call(handler, adapter=spec, kwargs=kwargs[:index] + kwargs[index + 1 :]).to_message(), caplog)
-        assert fault.code is FaultCode.BAD_REQUEST and "not its tensor" in fault.detail
+        assert fault.code is FaultCode.BAD_REQUEST
+        assert "not its tensor" in fault.detail
 
 
 @pytest.mark.parametrize(

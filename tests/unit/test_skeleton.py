@@ -36,9 +36,11 @@ def test_a_mainstream_decoder_passes_the_identity_check(family: str) -> None:
     config, prefix, returns_tuple = GOOD[family]
     before = config.to_dict()
     site = check_identity(config)
-    assert (site.prefix, site.num_blocks, site.returns_tuple) == (prefix, 3, returns_tuple) and hidden_size(config) == 32
+    assert (site.prefix, site.num_blocks, site.returns_tuple) == (prefix, 3, returns_tuple)
+    assert hidden_size(config) == 32
     assert config.to_dict() == before
-    assert site.split(f"{prefix}2.mlp.weight") == (2, "mlp.weight") and site.split("lm_head.weight") is None
+    assert site.split(f"{prefix}2.mlp.weight") == (2, "mlp.weight")
+    assert site.split("lm_head.weight") is None
 
 
 @pytest.mark.parametrize("family", BAD)
@@ -78,12 +80,14 @@ def test_spans_of_a_model_add_up_to_the_model_to_the_bit(family: str) -> None:
     with torch.no_grad():
         expected = call_span(span(0, 3), hidden_BTH, attention_mask=mask_BT)
         found = call_span(span(1, 3), call_span(span(0, 1), hidden_BTH, attention_mask=mask_BT), attention_mask=mask_BT)
-    assert torch.equal(found, expected) and not torch.equal(found, hidden_BTH)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, hidden_BTH)
 
 
 def test_a_skeleton_takes_no_memory_and_learns_nothing() -> None:
     model = build_skeleton(GOOD["llama"][0])
-    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters()) and not model.training
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
 
 
 def test_a_model_is_named_alike_whatever_its_path_dtype_and_library(models: dict[str, Path]) -> None:
@@ -92,7 +96,8 @@ def test_a_model_is_named_alike_whatever_its_path_dtype_and_library(models: dict
     other.dtype, other._name_or_path, other.use_cache, other.transformers_version = torch.bfloat16, "/elsewhere", False, "9.9"
     other.architectures = ["BloomModel"]
     other._attn_implementation = "eager"
-    assert config_digest(other) == config_digest(config) and len(config_digest(config)) == 16
+    assert config_digest(other) == config_digest(config)
+    assert len(config_digest(config)) == 16
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -60,14 +61,16 @@ def test_other_text_is_refused_with_an_example(text: object) -> None:
 
 
 def test_yamls_sexagesimal_reading_of_a_span_is_refused_and_explained() -> None:
-    with pytest.raises(UsageError, match="quoted string.*248"):
+    with pytest.raises(UsageError, match=r"quoted string.*248"):
         BlockSpan.parse(248)
 
 
 @given(SPANS)
 def test_a_span_prints_as_it_is_read(span: BlockSpan) -> None:
-    assert BlockSpan.parse(str(span)) == span and pickle.loads(pickle.dumps(span)) == span
-    assert len(span) == len(blocks(span)) and {block for block in range(-1, 20) if block in span} == blocks(span)
+    assert BlockSpan.parse(str(span)) == span
+    assert pickle.loads(pickle.dumps(span)) == span
+    assert len(span) == len(blocks(span))
+    assert {block for block in range(-1, 20) if block in span} == blocks(span)
 
 
 @given(SPANS, SPANS)
@@ -81,7 +84,7 @@ def test_gaps_are_the_maximal_spans_that_nobody_covers(spans: list[BlockSpan], n
     found = gaps(spans, num_blocks)
     served = set().union(*map(blocks, spans)) if spans else set()
     assert set().union(*map(blocks, found)) if found else set() == set(range(num_blocks)) - served
-    assert all(earlier.stop < later.start for earlier, later in zip(found, found[1:], strict=False))
+    assert all(earlier.stop < later.start for earlier, later in itertools.pairwise(found))
     assert sum(map(len, found)) == len(set(range(num_blocks)) - served)
 
 
@@ -96,8 +99,10 @@ def test_a_kwarg_takes_what_it_is_told_and_guesses_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"name": ""}, "1 to 512 printable"), ({"name": "x" * 513}, "1 to 512 printable"), ({"name": "a\nb"}, "printable"), ({"name": None}, "printable"),
-        ({"axes": {"rows": 0}}, "axes may be"), ({"axes": {"batch": 2}}, "outside a tensor"), ({"axes": {"batch": -1}}, "outside a tensor"), ({"axes": {"batch": "0"}}, "outside a tensor"),
+        ({"name": ""}, "1 to 512 printable"), ({"name": "x" * 513}, "1 to 512 printable"), ({"name": "a\nb"}, "printable"),
+        ({"name": None}, "printable"),
+        ({"axes": {"rows": 0}}, "axes may be"), ({"axes": {"batch": 2}}, "outside a tensor"), ({"axes": {"batch": -1}}, "outside a tensor"),
+        ({"axes": {"batch": "0"}}, "outside a tensor"),
         ({"axes": {"batch": 0, "sequence": 0}}, "same axis"), ({"tensor": torch.zeros(()), "axes": {"batch": 0}}, "outside a tensor"),
         ({"blocks": True}, "blocks must be"), ({"blocks": 1.0}, "blocks must be"), ({"blocks": (1, 2)}, "blocks must be"),
     ],

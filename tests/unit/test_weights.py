@@ -1,4 +1,4 @@
-"""Checkpoints read tensor by tensor: only the needed shards, one clear sentence for each defect, digests that do not depend on the layout of files."""
+"""Checkpoints read tensor by tensor: only the needed shards, one sentence for each defect, digests that do not depend on the layout of files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_a_server_opens_only_the_shards_of_its_blocks(models: dict[str, Path], o
     path = models[family]
     every = set(weight_map(path).values())
     expected = shards(path, lambda name: in_blocks(name, 0, 2))
-    assert len(every) >= 4 and expected < every
+    assert len(every) >= 4
+    assert expected < every
     blocks_of(path)
     assert opened[0].opened == expected
 
@@ -97,7 +98,8 @@ def test_loaded_blocks_hold_the_stored_values(bloom: Path) -> None:
         state = whole[block].state_dict()
         assert module.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) and not value.is_meta for name, value in module.state_dict().items())
-        assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def reshard(path: Path, how: str) -> None:
@@ -130,7 +132,8 @@ def test_digests_do_not_depend_on_sharding_or_on_the_base_models_prefix(bloom: P
 
 def test_digests_name_the_weights_as_stored_whatever_they_are_served_in(bloom: Path) -> None:
     served = blocks_of(bloom, dtype=torch.bfloat16)
-    assert served.digests == blocks_of(bloom).digests and len(set(served.digests)) == 2
+    assert served.digests == blocks_of(bloom).digests
+    assert len(set(served.digests)) == 2
     assert {parameter.dtype for parameter in served.blocks[0].parameters()} == {torch.bfloat16}
 
 
@@ -138,7 +141,8 @@ def test_digests_of_other_weights_differ_for_their_block_only(bloom: Path, copie
     name = next(name for name in weight_map(copied) if in_blocks(name, 1, 2))
     _rewrite(copied, name, lambda value: value + 1e-3)
     one, other = blocks_of(bloom).digests, blocks_of(copied).digests
-    assert one[0] == other[0] and one[1] != other[1]
+    assert one[0] == other[0]
+    assert one[1] != other[1]
 
 
 def _rewrite(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:

@@ -130,7 +130,8 @@ def test_random_bytes_as_a_trailer_give_a_wire_error(raw: bytes) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a":NaN}', '{"a":Infinity}', '{"a":-Infinity}', '{"a":1e999}', '{"a":-1e999}', '{"a":1,"a":2}', '{"x":{"a":1,"a":1}}', "[]", "1", "null", '"x"', "",
+    ['{"a":NaN}', '{"a":Infinity}', '{"a":-Infinity}', '{"a":1e999}', '{"a":-1e999}', '{"a":1,"a":2}', '{"x":{"a":1,"a":1}}', "[]",
+     "1", "null", '"x"', "",
      "{", '{"a":1}x', "{'a':1}", '{"a":' + "1" * 5000 + "}", "\ufeff{}", "[" * 100_000, '{"a":' * 20_000, '{"a":' * 900 + "1" + "}" * 900 + "x"],
     ids=lambda text: text[:24],
 )  # fmt: skip
@@ -147,7 +148,8 @@ def test_a_header_that_is_not_utf_8_is_refused(raw: bytes) -> None:
 
 def test_canonical_json_reads_back_and_never_writes_nan() -> None:
     value = {"b": [1, 2.5, None, True], "a": {"ü": "\u2028"}}
-    assert parse_json(dump_json(value)) == value and dump_json(value).startswith(b'{"a":')
+    assert parse_json(dump_json(value)) == value
+    assert dump_json(value).startswith(b'{"a":')
     with pytest.raises(ValueError):
         dump_json({"a": float("nan")})
 
@@ -283,7 +285,8 @@ def test_any_mutated_stream_gives_the_message_or_a_wire_error(data: st.DataObjec
         found = receive(_split(bytes(stream)))
     except WireError:
         return
-    assert found.fields == MESSAGE.fields and all(torch.equal(found.tensors[name], tensor) for name, tensor in MESSAGE.tensors.items())
+    assert found.fields == MESSAGE.fields
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in MESSAGE.tensors.items())
 
 
 def too_much(incoming: Incoming) -> None:

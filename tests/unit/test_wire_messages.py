@@ -29,7 +29,8 @@ BACKWARD = SpanCall(BlockSpan(2, 4), "0123abcd", HIDDEN, KWARGS, ADAPTER, torch.
 RESULT = SpanResult(HIDDEN + 1, {1: torch.ones(2, 2, 4), 2: torch.ones(1, 1, 4, dtype=torch.bfloat16)})
 INFO = ServerInfo("0123", 8, BlockSpan(2, 4), ("aa", "bb"), "float32", "cafe", {"torch": "2.13"}, "0.1.0", "lab", 100)
 WRONG: list[Any] = [
-    None, True, False, -1, 0, 1, 1.5, 1 << 70, 10**400, "", "x" * 5000, "\n\x1b[2J", "\ud800", [], [[]], [0], [4, 2], [-1, 2], [1.0, 2.0], [0, 1 << 60], [None, None],
+    None, True, False, -1, 0, 1, 1.5, 1 << 70, 10**400, "", "x" * 5000, "\n\x1b[2J", "\ud800", [], [[]], [0], [4, 2], [-1, 2], [1.0, 2.0],
+    [0, 1 << 60], [None, None],
     {}, {"a": 1}, {"batch": 0}, {"batch": 9}, {"batch": -1}, {"batch": True}, {"rows": 0}, [{}], [["prompt"]], [1, 2, 3],
 ]  # fmt: skip
 JSON = st.recursive(
@@ -70,7 +71,8 @@ def test_a_call_comes_back_as_it_was(call: SpanCall) -> None:
 def test_a_result_comes_back_as_it_was() -> None:
     found = SpanResult.from_message(travel(RESULT.to_message()), BACKWARD)
     assert torch.equal(found.hidden_BTH, RESULT.hidden_BTH)
-    assert list(found.kwarg_grads) == [1, 2] and all(torch.equal(found.kwarg_grads[index], RESULT.kwarg_grads[index]) for index in (1, 2))
+    assert list(found.kwarg_grads) == [1, 2]
+    assert all(torch.equal(found.kwarg_grads[index], RESULT.kwarg_grads[index]) for index in (1, 2))
 
 
 def test_info_and_faults_come_back_as_they_were() -> None:
@@ -97,7 +99,8 @@ def test_a_call_of_a_newer_client_that_asks_for_more_is_refused_and_not_half_don
 
 
 FINE = {  # what may stand in these fields, besides what does
-    "span": [], "model": ["", "x"], "kwargs": [], "remaining_ms": [1, 1500], "adapter": [None, {}, {"a": 1}, {"batch": 0}, {"batch": 9}, {"batch": -1}, {"rows": 0}],
+    "span": [], "model": ["", "x"], "kwargs": [], "remaining_ms": [1, 1500],
+    "adapter": [None, {}, {"a": 1}, {"batch": 0}, {"batch": 9}, {"batch": -1}, {"rows": 0}],
     "input_grad": [True, False], "block": [None, 0, 1], "code": [""], "detail": ["", "\n\x1b[2J", "\ud800"],
     "num_blocks": [], "block_digests": [], "dtype": [""], "numeric_class": [""], "numeric": [{}], "version": [""], "name": [""], "rate_tok_s": [0, 1],
 }  # fmt: skip
@@ -143,8 +146,10 @@ def test_a_kwarg_entry_with_one_wrong_part_is_a_wire_error(position: int, value:
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
-        ("hidden", None), ("hidden", torch.ones(2, 3)), ("hidden", torch.ones(2, 3, 4, dtype=torch.int64)), ("hidden", torch.ones(2, 0, 4)), ("hidden", torch.ones(())),
-        ("grad", None), ("grad", torch.ones(2, 3, 5)), ("grad", torch.ones(2, 3, 4, dtype=torch.int32)), ("k0", None), ("k2", None), ("k3", torch.ones(1)), ("x", torch.ones(1)),
+        ("hidden", None), ("hidden", torch.ones(2, 3)), ("hidden", torch.ones(2, 3, 4, dtype=torch.int64)), ("hidden", torch.ones(2, 0, 4)),
+        ("hidden", torch.ones(())),
+        ("grad", None), ("grad", torch.ones(2, 3, 5)), ("grad", torch.ones(2, 3, 4, dtype=torch.int32)), ("k0", None), ("k2", None),
+        ("k3", torch.ones(1)), ("x", torch.ones(1)),
         ("k1", torch.ones(2, 4, dtype=torch.int64)), ("k0", torch.ones(3, dtype=torch.int64)),
     ],
     ids=str,
@@ -232,7 +237,8 @@ def test_a_description_without_one_of_its_fields_is_a_wire_error(name: str) -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"span": [2, 5]}, {"span": [7, 9]}, {"num_blocks": 3}, {"block_digests": ["aa"]}, {"block_digests": ["aa", 1]}, {"block_digests": ["aa", "b" * 65]},
+    [{"span": [2, 5]}, {"span": [7, 9]}, {"num_blocks": 3}, {"block_digests": ["aa"]}, {"block_digests": ["aa", 1]},
+     {"block_digests": ["aa", "b" * 65]},
      {"numeric": {"a": 1}}, {"numeric": {str(index): "" for index in range(33)}}, {"rate_tok_s": 1 << 50}],
     ids=str,
 )  # fmt: skip
@@ -259,9 +265,12 @@ def answer(**changes: torch.Tensor | None) -> Message:
 @pytest.mark.parametrize(
     "message",
     [
-        answer(hidden=None), answer(hidden=torch.ones(2, 3, 5)), answer(hidden=torch.ones(3, 2, 4)), answer(hidden=HIDDEN.double()), answer(hidden=HIDDEN.bfloat16()),
-        answer(k1=None), answer(k2=None), answer(k0=torch.ones(2, 2, 3)), answer(k3=torch.ones(1)), answer(surprise=torch.ones(1)), answer(k1=torch.ones(1, 2, 4)),
-        answer(k1=torch.ones(2, 4)), answer(k1=torch.ones(2, 2, 4, dtype=torch.float64)), answer(k2=torch.ones(1, 1, 4)), answer(k1=torch.ones(2, 2, 4, dtype=torch.int32)),
+        answer(hidden=None), answer(hidden=torch.ones(2, 3, 5)), answer(hidden=torch.ones(3, 2, 4)), answer(hidden=HIDDEN.double()),
+        answer(hidden=HIDDEN.bfloat16()),
+        answer(k1=None), answer(k2=None), answer(k0=torch.ones(2, 2, 3)), answer(k3=torch.ones(1)), answer(surprise=torch.ones(1)),
+        answer(k1=torch.ones(1, 2, 4)),
+        answer(k1=torch.ones(2, 4)), answer(k1=torch.ones(2, 2, 4, dtype=torch.float64)), answer(k2=torch.ones(1, 1, 4)),
+        answer(k1=torch.ones(2, 2, 4, dtype=torch.int32)),
         Message("forward", {}, dict(answer().tensors)), Message("info", INFO.to_json()), Message("result"),
     ],
 )  # fmt: skip

@@ -40,7 +40,9 @@ def feed(encoded: Encoded, budget: Budget | None = None) -> Incoming:
     incoming = None
     for head, payload in encoded.frames(FrameKind.CALL, 7):
         prefix = Prefix.unpack(head)
-        assert prefix.payload_bytes == len(payload) and prefix.request_id == 7 and len(head) == PREFIX.size
+        assert prefix.payload_bytes == len(payload)
+        assert prefix.request_id == 7
+        assert len(head) == PREFIX.size
         if incoming is None:
             incoming = Incoming.begin(prefix, bytes(payload), WireLimits(), budget or Budget(1 << 40))
         elif prefix.kind is FrameKind.DATA:
@@ -104,7 +106,9 @@ def test_a_tensor_of_many_chunks_comes_back_whole() -> None:
     sent = values(torch.float64, 3 * CHUNK_BYTES // 8 + 17)
     encoded = encode(Message("test", {}, {"x": sent, "y": values(torch.bool, 3)}))
     kinds = [Prefix.unpack(head).kind for head, _ in encoded.frames(FrameKind.CALL, 7)]
-    assert kinds[0] is FrameKind.CALL and kinds[-1] is FrameKind.END and kinds.count(FrameKind.DATA) >= 4
+    assert kinds[0] is FrameKind.CALL
+    assert kinds[-1] is FrameKind.END
+    assert kinds.count(FrameKind.DATA) >= 4
     assert same(decode(feed(encoded)).tensors["x"], sent)
 
 
@@ -114,7 +118,8 @@ def test_a_contiguous_tensor_is_sent_from_its_own_memory_and_history_is_dropped(
     view = tensor_bytes(sent)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(view) == 4000 and peak < 4000
+    assert len(view) == 4000
+    assert peak < 4000
     with torch.no_grad():
         sent[0] = 42.0
     assert torch.frombuffer(view, dtype=torch.float32)[0] == 42.0
@@ -125,7 +130,8 @@ def test_a_stray_byte_in_a_bool_becomes_true_and_nothing_else() -> None:
     buffer = allocate(64)
     buffer[:4] = bytes([0, 1, 2, 255])
     found = tensor_from(TensorSpec("m", WireDtype.BOOL, (4,)), buffer, 0)
-    assert found.dtype is torch.bool and found.view(torch.uint8).tolist() == [0, 1, 1, 1]
+    assert found.dtype is torch.bool
+    assert found.view(torch.uint8).tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int16, torch.float8_e4m3fn, torch.uint16], ids=str)
@@ -144,9 +150,12 @@ def test_a_tensor_of_nine_dimensions_or_a_bad_name_is_refused_by_the_sender() ->
     "entry",
     [
         None, "x", {}, [], ["x"], ["x", 1], ["x", 1, [1], 0], [1, 1, [1]], ["", 1, [1]], ["n" * 513, 1, [1]], [None, 1, [1]],
-        ["x", 0, [1]], ["x", 10, [1]], ["x", -1, [1]], ["x", 1.0, [1]], ["x", True, [1]], ["x", "1", [1]], ["x", None, [1]], ["x", [], [1]], ["x", 10**400, [1]],
-        ["x", 1, 1], ["x", 1, None], ["x", 1, {}], ["x", 1, [1] * 9], ["x", 1, [-1]], ["x", 1, [1.0]], ["x", 1, [True]], ["x", 1, ["1"]], ["x", 1, [None]],
-        ["x", 1, [MAX_DIMENSION + 1]], ["x", 1, [10**400]], ["x", 1, [1 << 30, 1 << 30]], ["x", 1, [0, 1 << 40, 1 << 40]], ["x", 1, [1 << 40, 1 << 40, 0]],
+        ["x", 0, [1]], ["x", 10, [1]], ["x", -1, [1]], ["x", 1.0, [1]], ["x", True, [1]], ["x", "1", [1]], ["x", None, [1]], ["x", [], [1]],
+        ["x", 10**400, [1]],
+        ["x", 1, 1], ["x", 1, None], ["x", 1, {}], ["x", 1, [1] * 9], ["x", 1, [-1]], ["x", 1, [1.0]], ["x", 1, [True]], ["x", 1, ["1"]],
+        ["x", 1, [None]],
+        ["x", 1, [MAX_DIMENSION + 1]], ["x", 1, [10**400]], ["x", 1, [1 << 30, 1 << 30]], ["x", 1, [0, 1 << 40, 1 << 40]],
+        ["x", 1, [1 << 40, 1 << 40, 0]],
     ],
     ids=lambda entry: repr(entry)[:40],
 )  # fmt: skip
@@ -162,7 +171,8 @@ def test_every_declared_shape_is_refused_or_can_be_built_when_it_is_empty(shape:
         spec = TensorSpec.from_json(["x", code, shape])
     except WireError:
         return
-    assert spec.payload_bytes <= MAX_DIMENSION * 8 and spec.padded_bytes % ALIGNMENT == 0
+    assert spec.payload_bytes <= MAX_DIMENSION * 8
+    assert spec.padded_bytes % ALIGNMENT == 0
     if math.prod(shape) == 0:
         assert tensor_from(spec, allocate(0), 0).shape == torch.Size(shape)
 
@@ -182,7 +192,7 @@ def test_a_huge_declared_size_is_refused_before_anything_is_allocated_or_reserve
     assert str(dimension).encode() in head
     budget = Budget(1 << 20)
     tracemalloc.start()
-    with pytest.raises(WireError, match="over the limit|does not fit"):
+    with pytest.raises(WireError, match=r"over the limit|does not fit"):
         Incoming.begin(Prefix(FrameKind.CALL, len(head), 1), head, WireLimits(), budget)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
