@@ -226,4 +226,4 @@ def injected_skeleton(model_config: PretrainedConfig, spec: AdapterSpec) -> PreT
 
 def wire_name(parameter: str) -> str:
     """The name within the block as it travels: PEFT's, without the local adapter name."""
-    return parameter.replace(f".{ADAPTER_NAME}", "")
+    return ".".join(segment for segment in parameter.split(".") if segment != ADAPTER_NAME)

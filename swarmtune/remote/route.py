@@ -142,6 +142,8 @@ class Directory:
             reply = decode(await self._transport.call(name, encode(Message(CallKind.INFO)), INFO_TIMEOUT_S))
             if reply.kind == "fault":
                 return Fault.from_message(reply).detail
+            if reply.kind != "info":
+                return f"peer {name} answered {reply.kind!r:.80} when asked to describe itself"
             return ServerInfo.from_json(reply.fields), time.monotonic() - began
         except (TransportError, WireError) as error:
             return str(error)

@@ -13,7 +13,9 @@ from typing import Any
 
 from swarmtune.errors import WireError
 from swarmtune.transport.base import Handler, Traffic, TransportError
-from swarmtune.wire.frames import PREFIX, Budget, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json, parse_json
+from swarmtune.wire.codec import encode
+from swarmtune.wire.frames import PREFIX, Budget, BudgetFull, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json, parse_json
+from swarmtune.wire.messages import Fault, FaultCode
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ PROTOCOL_VERSIONS = (1,)
 FEATURES: tuple[str, ...] = ()
 HANDSHAKE_TIMEOUT_S = 10.0
 PING_EVERY_S = 2.0
+PONG_EVERY_S = 1.0
 SILENCE_S = 8.0
 STALL_S = 60.0
 """How long a message under way may stand still, in either direction."""
@@ -74,7 +77,8 @@ class Connection:
         self._flushing = False
         self._slots = asyncio.Semaphore(max(1, self._limits.open_messages // 2))  # the peer has no more than twice as many
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard_at = time.monotonic()
+        self._heard_at = self._said_at = time.monotonic()
+        self._dropping: set[int] = set()
         self._failure: TransportError | None = None
         self.closed = asyncio.Event()
 
@@ -211,7 +215,12 @@ class Connection:
             case FrameKind.CALL | FrameKind.REPLY:
                 self._begin(prefix, payload)
             case FrameKind.DATA:
-                self._expect(prefix).data(payload)
+                if time.monotonic() - self._said_at > PONG_EVERY_S:
+                    self._post(FrameKind.PONG)  # a slow sender must know that its data arrive
+                if prefix.request_id not in self._dropping:
+                    self._expect(prefix).data(payload)
+            case FrameKind.END if prefix.request_id in self._dropping:
+                self._dropping.discard(prefix.request_id)
             case FrameKind.END:
                 incoming = self._expect(prefix)
                 incoming.end(payload)
@@ -238,10 +247,26 @@ class Connection:
                 raise WireError(f"a request id in use, or more than {self._limits.open_messages} open calls")
         elif prefix.request_id not in self._waiting and prefix.request_id >= self._next_id:
             raise WireError("an answer to a call that was never made")
-        self._partial[prefix.request_id] = Incoming.begin(prefix, payload, self._limits, self._budget)
+        try:
+            self._partial[prefix.request_id] = Incoming.begin(prefix, payload, self._limits, self._budget)
+        except BudgetFull as error:
+            self._drop(prefix, error)
+
+    def _drop(self, prefix: Prefix, error: BudgetFull) -> None:
+        """There is no room for this message now: its data are thrown away as they come; the stream and the other messages go on."""
+        if len(self._dropping) >= self._limits.open_messages:
+            raise WireError("too many messages begun while there is no room for them") from error
+        self._dropping.add(prefix.request_id)
+        if prefix.kind is FrameKind.CALL:
+            self._start(self._send_message(FrameKind.REPLY, prefix.request_id, encode(Fault(FaultCode.BUSY, str(error)).to_message())))
+            return
+        future = self._waiting.get(prefix.request_id)
+        if future is not None and not future.done():
+            future.set_exception(TransportError(f"the answer of peer {self.peer} does not fit here now: {error}"))
 
     def _abandon(self, request_id: int) -> None:
         """The peer gave up a message: ours that it awaited, or its own that it began."""
+        self._dropping.discard(request_id)
         if partial := self._partial.pop(request_id, None):
             self._budget.release(partial.held_bytes)
         if task := self._answering.pop(request_id, None):
@@ -310,6 +335,7 @@ class Connection:
         for part in parts:
             self._writer.write(part)
             self._traffic.bytes_up += len(part)
+        self._said_at = time.monotonic()
         try:
             async with asyncio.timeout(STALL_S):
                 await self._writer.drain()

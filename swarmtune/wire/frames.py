@@ -149,6 +149,10 @@ def dump_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+class BudgetFull(WireError):
+    """There is no room for a message now; later there may be."""
+
+
 @dataclass(slots=True)
 class Budget:
     """Bytes that unfinished messages of one process may hold together."""
@@ -160,10 +164,10 @@ class Budget:
         """Take ``size`` bytes.
 
         Raises:
-            WireError: that would exceed the limit.
+            BudgetFull: that would exceed the limit.
         """
         if self.used_bytes + size > self.limit_bytes:
-            raise WireError(f"a message of {size} bytes does not fit now: {self.used_bytes} of {self.limit_bytes} bytes are in use")
+            raise BudgetFull(f"a message of {size} bytes does not fit now: {self.used_bytes} of {self.limit_bytes} bytes are in use")
         self.used_bytes += size
 
     def release(self, size: int) -> None:

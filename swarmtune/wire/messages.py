@@ -112,6 +112,8 @@ class CallKwarg:
         if not isinstance(axes, dict) or not set(axes) <= set(AXES):
             raise WireError(f"kwarg {name!r}: axes may be batch and sequence")
         checked = {cast(Axis, axis): _integer(dimension, f"kwarg {name!r}: {axis} axis", 0, tensor.dim() - 1) for axis, dimension in axes.items()}
+        if len(set(checked.values())) != len(checked):
+            raise WireError(f"kwarg {name!r}: batch and sequence cannot be the same axis")
         if not isinstance(requires_grad, bool) or (requires_grad and not tensor.is_floating_point()):
             raise WireError(f"kwarg {name!r}: only a floating-point tensor can ask for a gradient")
         return cls(name, tensor, checked, _span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
@@ -189,6 +191,11 @@ class SpanCall:
         entries = fields.get("kwargs")
         if not isinstance(entries, list) or set(tensors) != {f"k{index}" for index in range(len(entries))}:
             raise WireError("the kwargs and their tensors do not match")
+        kwargs = tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries))
+        for kwarg in kwargs:
+            for axis, length in zip(AXES, hidden.shape[:2], strict=True):
+                if axis in kwarg.axes and kwarg.tensor.shape[kwarg.axes[axis]] != length:
+                    raise WireError(f"kwarg {kwarg.name!r}: its {axis} axis does not have the length of the hidden states'")
         input_grad = fields.get("input_grad", False)
         if not isinstance(input_grad, bool):
             raise WireError("input_grad must be true or false")

@@ -569,15 +569,70 @@ def test_a_side_without_a_handler_takes_no_calls() -> None:
     run(main())
 
 
-def test_what_does_not_fit_into_the_budget_is_refused_and_the_budget_comes_back() -> None:
+def test_a_call_that_does_not_fit_into_the_budget_now_is_answered_busy_and_the_others_go_on() -> None:
     async def main() -> None:
         budget = Budget(10_000)
         async with against_raw(budget=budget) as (_, raw):
-            raw.send(FrameKind.CALL, HEAD, 1)
+            raw.send_message(SMALL, 1, without_end=True)
             await settle(lambda: budget.used_bytes > 0)
-            raw.send(FrameKind.CALL, BIG.header, 2)
-            assert "does not fit now" in await raw.goodbye()
+            raw.send_message(BIG, 2)
+            assert b"busy" in (await raw.read())[1]
+            assert (await raw.read())[0].kind is FrameKind.END
+            raw.send(FrameKind.END, list(SMALL.frames(FrameKind.CALL, 1))[-1][1].tobytes(), 1)
+            prefix, payload = await raw.read()
+            assert (prefix.kind, prefix.request_id) == (FrameKind.REPLY, 1)
+            assert b"told" in payload
             await settle(lambda: budget.used_bytes == 0)
+
+    run(main())
+
+
+def test_an_answer_that_does_not_fit_fails_its_call_only() -> None:
+    async def main() -> None:
+        one, other = await streams()
+        client = Connection(*one, peer="server", budget=Budget(100_000))
+        server = Connection(*other, peer="client", handler=echo)
+        await asyncio.gather(client.open(), server.open())
+        try:
+            with pytest.raises(TransportError, match="does not fit here now"):
+                await client.request(BIG, 5)
+            assert decode(await client.request(SMALL, 5)).kind == "told"
+        finally:
+            await client.close()
+            await server.close()
+
+    run(main())
+
+
+def test_a_peer_that_takes_a_message_slowly_is_not_taken_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PING_EVERY_S": 0.05, "PONG_EVERY_S": 0.05, "SILENCE_S": 0.4, "WRITE_BUFFER_BYTES": 1 << 22}.items():
+        monkeypatch.setattr(module, name, value)
+
+    async def main() -> None:
+        one, middle = await streams()
+        onward, other = await streams()
+        client, server = Connection(*one, peer="server"), Connection(*other, peer="client", handler=echo)
+
+        async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause_s: float) -> None:
+            while data := await reader.read(1 << 16):
+                await asyncio.sleep(pause_s)
+                writer.write(data)
+                await writer.drain()
+
+        pumps = [asyncio.create_task(pump(middle[0], onward[1], 0.06)), asyncio.create_task(pump(onward[0], middle[1], 0.0))]
+        try:
+            await asyncio.gather(client.open(), server.open())
+            began = asyncio.get_running_loop().time()
+            assert decode(await client.request(BIG, 7)).kind == "told"
+            assert asyncio.get_running_loop().time() - began > 3 * 0.4
+        finally:
+            await client.close()
+            await server.close()
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            for end in (middle, onward):
+                end[1].close()
 
     run(main())
 
