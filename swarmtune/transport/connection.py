@@ -79,6 +79,7 @@ class Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard_at = self._said_at = time.monotonic()
         self._dropping: set[int] = set()
+        self._refusing: set[asyncio.Task[None]] = set()
         self._failure: TransportError | None = None
         self.closed = asyncio.Event()
 
@@ -138,8 +139,10 @@ class Connection:
                         await sending
                     return await future
                 finally:
-                    sending.cancel()
+                    cut = sending.cancel()
                     await asyncio.gather(sending, return_exceptions=True)
+                    if cut:  # answered before it was sent whole: the peer must not wait for the rest
+                        self._post(FrameKind.CANCEL, request_id)
         except TimeoutError as error:
             self._post(FrameKind.CANCEL, request_id)
             raise TransportError(f"peer {self.peer} did not answer within {timeout_s:.1f} s") from error
@@ -254,15 +257,27 @@ class Connection:
 
     def _drop(self, prefix: Prefix, error: BudgetFull) -> None:
         """There is no room for this message now: its data are thrown away as they come; the stream and the other messages go on."""
-        if len(self._dropping) >= self._limits.open_messages:
+        if (
+            len(self._dropping) >= self._limits.open_messages
+            or len(self._refusing) >= self._limits.open_messages
+            or prefix.request_id in self._dropping
+        ):
             raise WireError("too many messages begun while there is no room for them") from error
         self._dropping.add(prefix.request_id)
         if prefix.kind is FrameKind.CALL:
-            self._start(self._send_message(FrameKind.REPLY, prefix.request_id, encode(Fault(FaultCode.BUSY, str(error)).to_message())))
+            task = self._start(self._refuse(prefix.request_id, encode(Fault(FaultCode.BUSY, str(error)).to_message())))
+            self._refusing.add(task)
+            task.add_done_callback(self._refusing.discard)
             return
         future = self._waiting.get(prefix.request_id)
         if future is not None and not future.done():
             future.set_exception(TransportError(f"the answer of peer {self.peer} does not fit here now: {error}"))
+
+    async def _refuse(self, request_id: int, answer: Encoded) -> None:
+        try:
+            await self._send_message(FrameKind.REPLY, request_id, answer)
+        except OSError as error:
+            self._fail(TransportError(f"the connection to peer {self.peer} broke: {error}"))
 
     def _abandon(self, request_id: int) -> None:
         """The peer gave up a message: ours that it awaited, or its own that it began."""

@@ -587,6 +587,38 @@ def test_a_call_that_does_not_fit_into_the_budget_now_is_answered_busy_and_the_o
     run(main())
 
 
+def test_a_peer_that_is_busy_for_long_keeps_its_stream() -> None:
+    async def main() -> None:
+        async with pair() as (client, server):
+            server._budget.limit_bytes = 100_000
+            huge = encode(Message("ask", {"n": 2}, {"x": torch.zeros(1_000_000)}))  # answered before it is sent whole
+            for _ in range(70):
+                assert decode(await client.request(huge, 5)).kind == "fault"
+            await client.request(SMALL, 5)
+            await settle(lambda: not server._dropping)
+
+    run(main())
+
+
+def test_refusals_that_a_peer_does_not_read_end_its_stream_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLUSH_S", 0.05)
+
+    async def main() -> None:
+        async with against_raw(budget=Budget(10_000)) as (ours, raw):
+            ours._writer.transport.set_write_buffer_limits(high=1 << 10)
+            for number in range(20_000):
+                raw.send(FrameKind.CALL, BIG.header, number)
+                raw.send(FrameKind.CANCEL, request_id=number)
+                if number % 100 == 0:
+                    await asyncio.sleep(0)
+                    assert len(asyncio.all_tasks()) < 100
+                if ours.closed.is_set():
+                    return
+            raise AssertionError("the stream goes on")
+
+    run(main())
+
+
 def test_an_answer_that_does_not_fit_fails_its_call_only() -> None:
     async def main() -> None:
         one, other = await streams()
