@@ -111,7 +111,7 @@ async def _serve(config: ServeConfig, parent: Parent | None) -> None:
     for address in config.initial_peers:
         check_address(address)
     executor = Executor().start()
-    handler = CallHandler(info, span, executor)
+    handler = CallHandler(info, span, executor, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
     directory = DirectoryNode()
     node = await _start_node(config, parent)
     try:

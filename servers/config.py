@@ -31,6 +31,10 @@ class ServeConfig:
     """What people call this server."""
     threads: int | None = None
     """Threads of computation; all cores if not given."""
+    max_tokens: int = 16384
+    """Most tokens (rows times sequence length) of one call; the memory of activations grows with it."""
+    max_sequence: int = 4096
+    """Longest sequence of one call; the memory of attention can grow with its square."""
     parent_fd: int | None = None
     """Set by ``LocalSwarm``: a socket to the parent process, whose end ends this server."""
 
@@ -40,6 +44,8 @@ class ServeConfig:
             raise ValueError(f"port must be from 0 to 65535, got {self.port}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if min(self.max_tokens, self.max_sequence) < 1:
+            raise ValueError(f"max_tokens and max_sequence must be at least 1, got {self.max_tokens} and {self.max_sequence}")
         if len(self.name) > 128 or not (self.name.isprintable() or not self.name):
             raise ValueError("name must be at most 128 printable characters")
         try:

@@ -28,8 +28,9 @@ class CallHandler:
         calls: forwards and backwards done so far.
     """
 
-    def __init__(self, info: ServerInfo, span: Span, executor: Executor) -> None:
+    def __init__(self, info: ServerInfo, span: Span, executor: Executor, *, max_tokens: int = 16384, max_sequence: int = 4096) -> None:
         self._info, self._span, self._executor = info, span, executor
+        self._max_tokens, self._max_sequence = max_tokens, max_sequence
         self._rate_tok_s = 0.0
         self.draining = False
         self.in_flight = 0
@@ -71,6 +72,12 @@ class CallHandler:
         if call.model != self._info.model or not self._info.span.covers(call.span):
             held = f"this server holds blocks {self._info.span} of model {self._info.model}"
             return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
+        batch, sequence = call.hidden_BTH.shape[:2]
+        if sequence > self._max_sequence or batch * sequence > self._max_tokens:
+            raise WireError(
+                f"this server takes at most {self._max_tokens} tokens and sequences of at most {self._max_sequence}, got {batch} x {sequence}: "
+                "lower micro_batch_tokens or the sequence length, or raise the server's max_tokens and max_sequence"
+            )
         self.in_flight += 1
         try:
             return await self._execute(call)

@@ -224,6 +224,8 @@ def check_identity(config: PretrainedConfig) -> LayerSite:
     site = find_layers(model)
     full: Any = model.get_submodule(site.parent_name).config
     parent = truncate(model, site, 0, 0)
+    if any(getattr(module, "rope_type", None) == "dynamic" for module in parent.modules()):
+        raise ModelUnsupported(f"{type(model).__name__} uses dynamic rotary scaling, which depends on earlier calls: use another rope_type")
     init_buffers(parent, model)
     if not _echoes(parent, site, []):
         raise ModelUnsupported(

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from swarmtune.discovery.dht import DirectoryNode
+    from swarmtune.discovery.records import Announcement
     from swarmtune.transport.hivemind import HivemindNode
 
 logger = logging.getLogger(__name__)
 REFRESH_EVERY_S = 10.0
+REACH_TIMEOUT_S = 5.0
 RETRY_EVERY_S = 0.3
 
 
@@ -150,19 +152,20 @@ class HivemindDiscovery:
         except TransportError as error:
             logger.debug("%s", error)
             return set()
-        found = set()
-        for announcement in announcements:
-            if self._dialled.get(announcement.peer) != announcement.addresses:
-                for address in announcement.addresses:
-                    try:
-                        await self._node.connect(address)
-                    except (TransportError, WireError) as error:
-                        logger.debug("%s", error)
-                        continue
-                    self._dialled[announcement.peer] = announcement.addresses
-                    break
-            found.add(announcement.peer)
-        return found
+        await asyncio.gather(*(self._reach(announcement) for announcement in announcements))
+        return {announcement.peer for announcement in announcements}
+
+    async def _reach(self, announcement: Announcement) -> None:
+        """Dial all addresses of a peer at once, unless that has been done; strangers' addresses may lead nowhere."""
+        if self._dialled.get(announcement.peer) == announcement.addresses:
+            return
+        try:
+            async with asyncio.timeout(REACH_TIMEOUT_S):
+                answers = await asyncio.gather(*map(self._node.connect, announcement.addresses), return_exceptions=True)
+        except TimeoutError:
+            return
+        if any(isinstance(answer, str) for answer in answers):
+            self._dialled[announcement.peer] = announcement.addresses
 
 
 def connect(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from swarmtune import Kwarg
 from swarmtune.errors import KwargError
-from tests.harness import loopback, remote
+from tests.harness import loopback, make_handler, remote
 
 ROWS, TOKENS, HIDDEN, BLOCKS = 4, 6, 48, 4
 
@@ -140,6 +140,14 @@ def test_a_kwarg_that_does_not_fit_is_one_clear_error(bloom: Path, kwarg: object
     with loopback(bloom) as swarm:
         with pytest.raises(KwargError, match=sentence):
             remote(bloom, swarm).body(hidden(), kwargs=[kwarg()])  # type: ignore[operator]
+
+
+def test_a_sequence_longer_than_the_server_takes_is_refused_with_both_limits(bloom: Path) -> None:
+    handler = make_handler(bloom, "0:4")
+    handler._max_sequence = 5
+    with loopback(bloom, handlers={"a": handler}) as swarm:
+        with pytest.raises(KwargError, match="sequences of at most 5, got 4 x 6"):
+            remote(bloom, swarm).body(hidden())
 
 
 def test_positions_and_packed_sequences_reach_a_model_that_takes_them(models: dict[str, Path]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 import conf
-from swarmtune import config
+from swarmtune import schema
 from swarmtune.config import compose, load_config, options, resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.schema import Config, Dtype
@@ -32,7 +32,7 @@ def test_every_yaml_becomes_a_checked_config(group: str, option: str) -> None:
 
 
 def test_every_field_of_the_schema_is_documented() -> None:
-    source = inspect.getsource(config)
+    source = inspect.getsource(schema)
     for name in ("ModelConfig", "DataConfig", "SwarmConfig", "OptimizerConfig", "LoggerConfig", "CallbacksConfig", "Config"):
         lines = source.split(f"class {name}:")[1].split("\n\n\n")[0].splitlines()
         fields = [index for index, line in enumerate(lines) if line.startswith("    ") and line[4].isalpha() and ": " in line and "def " not in line]

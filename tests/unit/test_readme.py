@@ -35,7 +35,11 @@ def test_tree_names_every_package_of_swarmtune() -> None:
 
 def test_python_in_it_compiles_and_uses_public_names() -> None:
     for block in blocks("python"):
-        names = {node.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "swarmtune"}
+        names = {
+            node.attr
+            for node in ast.walk(ast.parse(block))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "swarmtune"
+        }
         assert names <= set(swarmtune.__all__)
 
 
