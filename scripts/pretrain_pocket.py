@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "swarmtune" / "assets" / "pocket_bloom"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -112,6 +113,7 @@ def main() -> None:
     settings = parse_arguments()
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True, highlight=False)
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(settings.seed)

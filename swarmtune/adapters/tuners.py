@@ -91,6 +91,16 @@ _TUNERS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Mapping[str, A
 }
 
 
+def check_type(kind: str) -> None:
+    """Refuse a PEFT type that cannot be trained through the swarm.
+
+    Raises:
+        AdapterUnsupported: with the types that can.
+    """
+    if kind not in _TUNERS:
+        raise AdapterUnsupported(f"adapters of type {kind} are not supported: use one of {', '.join(sorted(_TUNERS))}")
+
+
 def check_supported(config: PeftConfig) -> None:
     """Refuse what could not be trained exactly through the swarm.
 
@@ -98,8 +108,7 @@ def check_supported(config: PeftConfig) -> None:
         AdapterUnsupported: with the reason and what to do.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in _TUNERS:
-        raise AdapterUnsupported(f"adapters of type {kind} are not supported: use one of {', '.join(sorted(_TUNERS))}")
+    check_type(kind)
     if saved := getattr(config, "modules_to_save", None):
         raise AdapterUnsupported(f"modules_to_save={saved} is not supported: train the adapter without it")
     if getattr(config, "target_parameters", None):

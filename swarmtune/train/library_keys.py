@@ -78,11 +78,14 @@ def peft_config(adapter: Mapping[str, Any]) -> Any:
         return existing_path("adapter.path", str(adapter["path"]))
     import peft
 
+    from swarmtune.adapters.tuners import check_type
+
     mapping = peft.PEFT_TYPE_TO_CONFIG_MAPPING
     names = [str(kind.value) for kind in mapping]
     wanted = str(adapter.get("peft_type", "")).upper()
     if wanted not in names:
         raise UsageError(f"there is no adapter.peft_type {adapter.get('peft_type')!r}{nearest(wanted, names)}")
+    check_type(wanted)
     schema = mapping[peft.PeftType(wanted)]
     fields = {item.name for item in dataclasses.fields(schema) if item.init} - {"peft_type"}
     given = {name: value for name, value in adapter.items() if name != "peft_type"}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import psutil
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "swarmtune" / "assets" / "pocket_bloom"
 ABSENT = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWMEUhm3PfKTu7SMn27jjfqRMZDvWXWLvtJoGAokbb25mF"
-COMMAND = [sys.executable, "-m", "swarmtune.cli"]
+COMMAND = [str(Path(sys.executable).with_name("swarmtune"))]
 SUMMARY_KEYS = {
     "val_loss_before", "val_loss_after", "steps", "trainable_params", "total_params",
     "tokens_per_s", "bytes_up", "bytes_down", "adapter_dir", "run_dir",
@@ -76,7 +77,7 @@ def test_adapter_of_the_main_job_loads_with_the_three_lines_shown(short_run: tup
     model = AutoPeftModelForCausalLM.from_pretrained(run_dir / "adapter").eval()
     base = AutoModelForCausalLM.from_pretrained(POCKET).eval()
     tokenizer = AutoTokenizer.from_pretrained(POCKET)
-    inputs = tokenizer("The with statement is used to wrap the execution of a block with methods defined by a context manager.", return_tensors="pt")
+    inputs = tokenizer(topics["with"], return_tensors="pt", truncation=True, max_length=512)
     with torch.no_grad():
         tuned, plain = model(**inputs, labels=inputs["input_ids"]).loss, base(**inputs, labels=inputs["input_ids"]).loss
     assert tuned < plain
@@ -96,17 +97,20 @@ def test_checkpoints_hold_only_what_learns_with_an_adapter_beside_each(short_run
 
 
 def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: Path) -> None:
-    words = ["recipe=lora_bloom", "trainer.max_steps=12", "trainer.limit_val_batches=2", 'swarm.spans=["0:2","2:4","0:2","2:4"]', "swarm.threads=1"]
+    words = ["recipe=lora_bloom", "trainer.max_steps=12", "trainer.limit_val_batches=2"]
+    words += ['swarm.spans=["0:2","2:4","0:2","2:4"]', "swarm.threads=1"]
     assert run([*words, "run_dir=quiet"], tmp_path).returncode == 0
     process = subprocess.Popen([*COMMAND, *words, "run_dir=loud", "callbacks.progress=lines", "callbacks.line_every_s=0.1"], cwd=tmp_path, env=environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     assert process.stdout is not None
     killed = 0
+    servers: list[psutil.Process] = []
     lines = []
     for line in process.stdout:
         lines.append(line)
         if killed < 2 and re.search(r"\b(step|Step)\b", line):
-            os.kill(servers_of(process.pid)[killed].pid, signal.SIGKILL)
+            servers = servers or servers_of(process.pid)
+            os.kill(servers[killed].pid, signal.SIGKILL)
             killed += 1
     assert process.wait(60) == 0, "".join(lines)
     process.stdout.close()
