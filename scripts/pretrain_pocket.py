@@ -38,6 +38,7 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "swarmtune" / "assets" / 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 224, 4, 4
 SEQUENCE_TOKENS = 256
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 OVERLAP_WORDS = 13
 """A run of this many words shared with the topics counts as a copy (the length in GPT-3's decontamination)."""
 HELD_OUT_PERCENT = 2
@@ -211,8 +212,7 @@ def prose_of(source: str) -> str:
     """Give a module's docstrings and the comments that stand on lines of their own, in the order of the file."""
     pieces: list[tuple[int, str]] = []
     for node in ast.walk(parse(source)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and (docstring := ast.get_docstring(node)):
+        if isinstance(node, DOCUMENTED) and (docstring := ast.get_docstring(node)):
             pieces.append((node.body[0].lineno, docstring))
     for block in re.finditer(r"(?:^[ \t]*#.*\n)+", source, re.MULTILINE):
         comment = re.sub(r"^[ \t]*#+!? ?", "", block[0], flags=re.MULTILINE).strip()

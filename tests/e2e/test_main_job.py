@@ -100,8 +100,8 @@ def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: 
     words = ["recipe=lora_bloom", "trainer.max_steps=12", "trainer.limit_val_batches=2"]
     words += ['swarm.spans=["0:2","2:4","0:2","2:4"]', "swarm.threads=1"]
     assert run([*words, "run_dir=quiet"], tmp_path).returncode == 0
-    process = subprocess.Popen([*COMMAND, *words, "run_dir=loud", "callbacks.progress=lines", "callbacks.line_every_s=0.1"], cwd=tmp_path, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    words += ["callbacks.progress=lines", "callbacks.line_every_s=0.1", "run_dir=loud"]
+    process = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     killed = 0
     servers: list[psutil.Process] = []

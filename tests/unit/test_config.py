@@ -109,11 +109,11 @@ def test_values_reach_their_keys() -> None:
     assert "gradient_clip_val" not in found.trainer
     assert found.data.batch_size == 10
     adapter = peft_config(found.adapter)
-    assert (adapter.r, adapter.use_dora, set(adapter.target_modules)) == (4, True, {"query_key_value"})
+    assert (adapter.r, adapter.use_dora, adapter.target_modules) == (4, True, "all-linear")
 
 
 def test_the_recipe_wins_over_defaults_and_the_command_line_over_both() -> None:
-    assert load_config([RECIPE]).optimizer.lr == 2e-3
+    assert load_config([RECIPE]).optimizer.lr == 3e-3
     assert load_config(["optimizer.lr=1e-5", RECIPE]).optimizer.lr == 1e-5
 
 
