@@ -35,7 +35,7 @@ Often changed:
   optimizer.lr=1e-3            optimizer.schedule=cosine|linear|constant, optimizer.warmup_steps=10
   trainer.max_steps=200        any flag of lightning.Trainer: accumulate_grad_batches, precision, fast_dev_run, limit_val_batches, ...
   data.sequence_length=128     data.batch_size=8
-  swarm.servers=2              or swarm.spans=[0:3,3:6]; swarm=join 'swarm.initial_peers=[...]' for a swarm that is already there
+  swarm.servers=2              or swarm.spans=[0:2,2:4]; swarm=join 'swarm.initial_peers=[...]' for a swarm that is already there
   run_dir=PATH                 where everything is written   (default: runs/<recipe>/<time>)
   seed=0  logger=wandb  debug=short
 

@@ -251,7 +251,7 @@ class Chain:
         """
         began = time.monotonic()
         self.counters.calls += 1
-        request = encode(replace(call, remaining_ms=max(1, int(self.settings.call_timeout_s * 1000))).to_message())
+        request = encode(replace(call, remaining_ms=max(1, int(self.settings.call_timeout_s * 1000))).to_message(), answer_bytes=call.answer_bytes)
         try:
             reply = decode(await self._transport.call(hop.peer, request, self.settings.call_timeout_s))
             if reply.kind == "fault":

@@ -139,7 +139,7 @@ class Directory:
     async def _ask(self, name: str) -> tuple[ServerInfo, float] | str:
         began = time.monotonic()
         try:
-            reply = decode(await self._transport.call(name, encode(Message(CallKind.INFO)), INFO_TIMEOUT_S))
+            reply = decode(await self._transport.call(name, encode(Message(CallKind.INFO), answer_bytes=0), INFO_TIMEOUT_S))
             if reply.kind == "fault":
                 return Fault.from_message(reply).detail
             if reply.kind != "info":

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from swarmtune.errors import WireError
@@ -71,6 +72,7 @@ class Connection:
         self._write_lock = asyncio.Lock()
         self._next_id = 1
         self._waiting: dict[int, asyncio.Future[Incoming]] = {}
+        self._allowed: dict[int, int] = {}
         self._partial: dict[int, Incoming] = {}
         self._answering: dict[int, asyncio.Task[None]] = {}
         self._control: dict[tuple[FrameKind, int], None] = {}
@@ -130,6 +132,7 @@ class Connection:
         request_id, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
+        self._allowed[request_id] = self._limits.message_bytes if request.answer_bytes is None else request.answer_bytes
         try:
             async with asyncio.timeout(timeout_s), self._slots:
                 sending = asyncio.ensure_future(self._send_message(FrameKind.CALL, request_id, request))
@@ -152,7 +155,7 @@ class Connection:
         except OSError as error:
             raise TransportError(f"the connection to peer {self.peer} broke: {error}") from error
         finally:
-            del self._waiting[request_id]
+            del self._waiting[request_id], self._allowed[request_id]
             if future.done() and not future.cancelled():
                 future.exception()  # it may have failed in the moment in which the caller gave up
 
@@ -248,10 +251,18 @@ class Connection:
                 raise WireError("this side takes no calls")
             if prefix.request_id in self._answering or len(self._answering) >= self._limits.open_messages:
                 raise WireError(f"a request id in use, or more than {self._limits.open_messages} open calls")
-        elif prefix.request_id not in self._waiting and prefix.request_id >= self._next_id:
+        elif prefix.request_id >= self._next_id:
             raise WireError("an answer to a call that was never made")
+        elif prefix.request_id not in self._waiting:  # a call that was given up
+            if len(self._dropping) >= self._limits.open_messages:
+                raise WireError("too many answers that nobody waits for")
+            self._dropping.add(prefix.request_id)
+            return
+        limits = self._limits
+        if prefix.kind is FrameKind.REPLY:
+            limits = replace(limits, message_bytes=self._allowed[prefix.request_id])
         try:
-            self._partial[prefix.request_id] = Incoming.begin(prefix, payload, self._limits, self._budget)
+            self._partial[prefix.request_id] = Incoming.begin(prefix, payload, limits, self._budget)
         except BudgetFull as error:
             self._drop(prefix, error)
 

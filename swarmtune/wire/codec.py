@@ -22,7 +22,7 @@ class Message:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def encode(message: Message, limits: WireLimits | None = None) -> Encoded:
+def encode(message: Message, limits: WireLimits | None = None, answer_bytes: int | None = None) -> Encoded:
     """Prepare ``message`` for sending. Contiguous CPU tensors are not copied and must stay unchanged until sent.
 
     Raises:
@@ -44,7 +44,7 @@ def encode(message: Message, limits: WireLimits | None = None) -> Encoded:
             parts.append(raw)
         if gap := padding(spec.payload_bytes, spec.padded_bytes):
             parts.append(gap)
-    return Encoded(header, tuple(parts))
+    return Encoded(header, tuple(parts), answer_bytes)
 
 
 def decode(incoming: Incoming) -> Message:

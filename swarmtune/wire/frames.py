@@ -88,10 +88,15 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A message ready to be sent: its JSON header, and its body as views that are not copied."""
+    """A message ready to be sent: its JSON header, and its body as views that are not copied.
+
+    Attributes:
+        answer_bytes: for a call, the largest body that its answer may declare.
+    """
 
     header: bytes
     parts: tuple[memoryview, ...] = ()
+    answer_bytes: int | None = None
 
     @property
     def body_bytes(self) -> int:

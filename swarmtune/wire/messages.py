@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, cast
@@ -14,6 +14,7 @@ from swarmtune.errors import UsageError, WireError
 from swarmtune.types import AXES, Axis, BlockSpan
 from swarmtune.wire.codec import Message
 from swarmtune.wire.frames import WireLimits, dump_json
+from swarmtune.wire.tensors import ALIGNMENT
 
 MAX_DETAIL = 2000
 
@@ -122,10 +123,17 @@ class CallKwarg:
 _CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad"})
 
 
-def _check_answer_size(hidden: Tensor, kwargs: tuple[CallKwarg, ...]) -> None:
+def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) -> int:
+    """Largest body of an answer: the hidden states, and after a backward one gradient per block of each kwarg; padding included."""
+    parts = [hidden.nbytes]
+    if backward:
+        parts += [len(kwarg.blocks) * kwarg.tensor.nbytes for kwarg in kwargs if kwarg.requires_grad]
+    return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+
+
+def _check_answer_size(hidden: Tensor, kwargs: tuple[CallKwarg, ...], backward: bool) -> None:
     """A gradient per block can make an answer many times as large as its call: refuse before computing what could not be sent."""
-    size = hidden.nbytes + sum(len(kwarg.blocks) * kwarg.tensor.nbytes for kwarg in kwargs if kwarg.requires_grad)
-    limit = WireLimits().message_bytes
+    size, limit = answer_bytes(hidden, kwargs, backward), WireLimits().message_bytes
     if size > limit:
         raise WireError(
             f"the answer to this call would have {size} bytes, over the limit of {limit}: use a smaller micro_batch_tokens or shorter spans"
@@ -152,6 +160,11 @@ class SpanCall:
     grad_BTH: Tensor | None = None
     input_grad: bool = False
     remaining_ms: int = 300_000
+
+    @property
+    def answer_bytes(self) -> int:
+        """Largest body of an honest answer."""
+        return answer_bytes(self.hidden_BTH, self.kwargs, self.grad_BTH is not None)
 
     def to_message(self) -> Message:
         """As it travels: tensors ``hidden``, ``grad`` and ``k0``, ``k1``... in the order of the kwargs."""
@@ -201,7 +214,7 @@ class SpanCall:
             raise WireError("input_grad must be true or false")
         adapter = fields.get("adapter")
         kwargs = tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries))
-        _check_answer_size(hidden, kwargs if grad is not None else ())
+        _check_answer_size(hidden, kwargs, grad is not None)
         return cls(
             span=_span(fields.get("span"), "span"),
             model=_text(fields.get("model"), "model"),

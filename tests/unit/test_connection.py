@@ -821,3 +821,13 @@ def test_loopback_to_a_peer_that_is_dead_or_unknown_is_a_transport_error() -> No
 def test_agree_refuses_in_words_what_it_does_not_share() -> None:
     with pytest.raises(WireError, match=r"\[99\], this side speaks \[1\]"):
         agree({"versions": [99]})
+
+
+def test_an_answer_larger_than_an_honest_one_is_refused_before_it_is_allocated() -> None:
+    async def main() -> None:
+        async with pair() as (client, _):
+            request = encode(Message("ask", {}, {"x": torch.arange(400_000.0)}), answer_bytes=64)
+            with pytest.raises(TransportError, match="over the limit of 64"):
+                await client.request(request, 5)
+
+    run(main())
