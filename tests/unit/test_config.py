@@ -113,7 +113,7 @@ def test_values_reach_their_keys() -> None:
 
 
 def test_the_recipe_wins_over_defaults_and_the_command_line_over_both() -> None:
-    assert load_config([RECIPE]).optimizer.lr == 3e-3
+    assert load_config([RECIPE]).optimizer.lr == 5e-3
     assert load_config(["optimizer.lr=1e-5", RECIPE]).optimizer.lr == 1e-5
 
 
