@@ -53,6 +53,9 @@ def check_trainer_flags(flags: Mapping[str, Any]) -> None:
             raise UsageError(f"trainer.{name} must be {' or '.join(sorted(names))}, got {value!r}")
         if name.startswith("max_") and isinstance(value, int) and value < -1:
             raise UsageError(f"trainer.{name} must be -1 (no limit) or at least 0, got {value}")
+    for name in ("devices", "num_nodes"):
+        if flags.get(name, 1) not in (1, "1"):
+            raise UsageError(f"trainer.{name}={flags[name]} is not supported: training is one process on one device (the servers do the work); use 1")
 
 
 def _annotation_names(annotation: ast.expr | None) -> set[str]:

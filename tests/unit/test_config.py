@@ -43,6 +43,7 @@ def test_every_field_of_the_schema_is_documented() -> None:
 SENTENCES = {
     "": "say which recipe to run, such as recipe=lora_bloom",
     "recipe=lora_blom": "there is no recipe 'lora_blom'; there are: lora_bloom; did you mean lora_bloom?",
+    f"{RECIPE} trainer.devices=2": "trainer.devices=2 is not supported: training is one process on one device (the servers do the work); use 1",
     f"{RECIPE} data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
     f"{RECIPE} +data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
     f"{RECIPE} datas.batch_size=4": "there is no key datas",
