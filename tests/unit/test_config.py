@@ -165,7 +165,7 @@ def test_trainer_flags_are_those_of_lightning() -> None:
 
 
 def test_a_trainer_flag_may_be_of_any_type_in_its_annotation() -> None:
-    check_trainer_flags({"val_check_interval": 0.5, "devices": "auto", "precision": "bf16-mixed", "max_time": {"hours": 1}, "fast_dev_run": 2})
+    check_trainer_flags({"val_check_interval": 0.5, "devices": "1", "precision": "bf16-mixed", "max_time": {"hours": 1}, "fast_dev_run": 2})
 
 
 def test_resolve_path_finds_a_folder_of_a_package() -> None:
