@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from servers.config import ServeConfig
 from swarmtune.config import compose
-from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError
+from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
 from swarmtune.schema import Dtype
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for GPU kernels that this machine need not have
     parent: Parent | None = None
     try:
         config = compose("server", list(sys.argv[1:] if argv is None else argv), ServeConfig)
@@ -107,9 +108,14 @@ async def _serve(config: ServeConfig, parent: Parent | None) -> None:
     from swarmtune.discovery.dht import DirectoryNode
     from swarmtune.discovery.records import check_address
 
+    try:
+        for address in config.initial_peers:
+            check_address(address)
+    except WireError as error:
+        raise UsageError(f"initial_peers: {error}") from error
+    if parent is None:
+        check_port(config)
     span, info = _load(config)
-    for address in config.initial_peers:
-        check_address(address)
     executor = Executor().start()
     handler = CallHandler(info, span, executor, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
     directory = DirectoryNode()
@@ -169,6 +175,23 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
         name=config.name,
     )
     return Span(model_config, site, blocks, weights, dtype, device), info
+
+
+def check_port(config: ServeConfig) -> None:
+    """Refuse an address that another program uses: libp2p would share its port, and callers would reach either.
+
+    Raises:
+        UsageError: the port is in use, or the address is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in config.listen else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server that has just ended is free
+        try:
+            probe.bind((config.listen, config.port))
+        except OSError as error:
+            raise UsageError(
+                f"{config.listen} port {config.port} cannot be listened on ({error.strerror}): choose another listen= or port="
+            ) from error
 
 
 def pick_device(name: str) -> torch.device:

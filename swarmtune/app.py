@@ -25,7 +25,7 @@ import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.schema import Config, ProgressKind, SwarmKind
-from swarmtune.types import BlockSpan
+from swarmtune.types import BlockSpan, gaps
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -34,6 +34,27 @@ if TYPE_CHECKING:
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Where a config.json says how many blocks the model has."""
+
+
+PLAIN_FLAGS = frozenset(
+    (
+        "accelerator",
+        "devices",
+        "max_epochs",
+        "max_steps",
+        "precision",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "val_check_interval",
+        "check_val_every_n_epoch",
+        "num_sanity_val_steps",
+        "log_every_n_steps",
+        "limit_train_batches",
+        "limit_val_batches",
+        "fast_dev_run",
+    )
+)
+"""Trainer flags whose values are checked without asking Lightning, which takes seconds to import."""
 
 
 def train(config: Config, started: float | None = None) -> dict[str, Any]:
@@ -54,6 +75,8 @@ def train(config: Config, started: float | None = None) -> dict[str, Any]:
     """
     started = time.monotonic() if started is None else started
     spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL else []
+    if config.trainer.keys() - PLAIN_FLAGS or config.trainer.get("precision") != "32-true" or config.trainer.get("accelerator") != "auto":
+        try_trainer(config.trainer)
     run_dir = make_run_dir(config)
     save_yaml(config, run_dir / "config.yaml")
     with ExitStack() as stack:
@@ -180,6 +203,7 @@ def _initial_peers(config: Config, spans: list[str], run_dir: Path) -> Iterator[
     Between the two the heavy libraries are imported, so that nobody waits for anybody.
     """
     if config.swarm.kind is SwarmKind.JOIN:
+        _say(config, f"connecting to {len(config.swarm.initial_peers)} peers, for up to {config.swarm.patience_s:.0f} s")
         yield lambda: list(config.swarm.initial_peers)
         return
     path = resolve_path(config.model.path)
@@ -217,6 +241,9 @@ def server_spans(config: Config, path: str) -> list[str]:
         for span in config.swarm.spans:
             if BlockSpan.parse(span).stop > blocks:
                 raise UsageError(f"swarm.spans: {span} reaches outside the model, which has blocks 0:{blocks}")
+        missing = gaps([BlockSpan.parse(span) for span in config.swarm.spans], blocks)
+        if missing:
+            raise UsageError(f"nobody serves blocks {', '.join(map(str, missing))} of 0:{blocks}: swarm.spans must cover every block")
         return list(config.swarm.spans)
     servers = config.swarm.servers
     if servers > blocks:
@@ -282,6 +309,21 @@ def load_recipe(name: str) -> Callable[[Config, swarmtune.Swarm], tuple[Lightnin
     return build
 
 
+def try_trainer(flags: Mapping[str, Any]) -> None:
+    """Let Lightning check unusual flags before anything starts.
+
+    Raises:
+        UsageError: what it says.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Trainer
+
+    try:
+        Trainer(**{**flags, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False})
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
+
+
 def build_trainer(config: Config, run_dir: Path, meter: Meter) -> Trainer:
     """The Trainer, with our loggers and callbacks.
 
@@ -328,7 +370,13 @@ def _loggers(config: Config, run_dir: Path) -> list[Any]:
     loggers: list[Any] = [CSVLogger(run_dir, name="csv", version="")]
     if config.logger.wandb:
         offline = os.environ.get("WANDB_MODE") == "offline"
-        loggers.append(WandbLogger(project=config.logger.project, name=run_dir.name, save_dir=run_dir, offline=offline, log_model=False))
+        import wandb
+
+        try:
+            loggers.append(WandbLogger(project=config.logger.project, name=run_dir.name, save_dir=run_dir, offline=offline, log_model=False))
+            assert loggers[-1].experiment is not None
+        except wandb.errors.Error as error:
+            raise UsageError(f"logger=wandb: {str(error).splitlines()[0]} (set WANDB_MODE=offline, or run: wandb login)") from error
     return loggers
 
 
@@ -351,7 +399,7 @@ def make_run_dir(config: Config) -> Path:
     else:
         found = Path(config.run_dir)
     found = found.absolute()
-    if (found / "config.yaml").exists():
+    if any((found / name).exists() for name in ("summary.json", "checkpoints", "adapter")):
         raise UsageError(f"run_dir: {found} already holds a run; give another directory, or none")
     try:
         found.mkdir(parents=True, exist_ok=True)

@@ -52,12 +52,16 @@ def load_config(overrides: Sequence[str]) -> Config:
     from swarmtune.train.library_keys import check_trainer_flags, peft_config
 
     config = compose("config", list(overrides), Config)
-    check_trainer_flags(config.trainer)
-    if any(word.lstrip("+~").startswith("adapter") for word in overrides):
-        peft_config(config.adapter)
     resolve_path(config.model.path)
     if config.data.path is not None:
         existing_path("data.path", config.data.path)
+    check_trainer_flags(config.trainer)
+    if any(word.lstrip("+~").startswith("adapter") for word in overrides):
+        from swarmtune.adapters.tuners import check_supported
+
+        chosen = peft_config(config.adapter)
+        if not isinstance(chosen, str):
+            check_supported(chosen)
     return config
 
 
@@ -175,6 +179,8 @@ def _model_or_path(group: str, text: str) -> str:
 
 def existing_path(key: str, text: str) -> str:
     """An absolute local path, ``pkg://...`` or a hub id; ``run_dir`` need not exist."""
+    if not text.strip():
+        raise UsageError(f"{key} must not be empty")
     local = Path(text).expanduser()
     if key == "run_dir" or local.exists():
         return str(local.absolute())

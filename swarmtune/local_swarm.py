@@ -29,6 +29,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 35.0
 CLOSE_TIMEOUT_S = 5.0
 HOST = "127.0.0.1"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class LocalServer:
@@ -220,6 +221,10 @@ class LocalSwarm:
         """
         if isinstance(spans, str) or not spans:
             raise UsageError('spans must be a list of at least one span, such as ["0:4", "4:8"]')
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise UsageError(f"threads must be a positive integer or None, got {threads!r}")
         path = os.fspath(model)
         blocks = [BlockSpan.parse(span) for span in spans]
         self.words = [

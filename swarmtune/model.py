@@ -6,6 +6,7 @@ import inspect
 import os
 import threading
 from collections.abc import Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from swarmtune.swarm import Swarm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_SERVED = frozenset(
+    ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "past_key_values", "use_cache", "cache_position",
+     "return_dict", "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "is_first_iteration")
+)  # fmt: skip
+"""What the library's own loop may be called with: it travels, or it only concerns the stem and the outputs."""
 _REFUSED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -54,6 +60,9 @@ class RemoteLayers(nn.Module):
         for name in _REFUSED:
             if kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)):
                 raise UsageError(f"{name} is not served by remote blocks: call the model without it")
+        for name, value in kwargs.items():
+            if value is not None and name not in _SERVED:
+                raise UsageError(f"the argument {name} does not reach remote blocks: call the model without it")
         cache = kwargs.get("past_key_values")
         if kwargs.get("use_cache") or (cache is not None and cache.get_seq_length() > 0):
             raise UsageError("a key-value cache is not served by remote blocks yet: call the model with use_cache=False")
@@ -88,6 +97,12 @@ def load_causal_lm(
         UsageError: the model or the adapter cannot be used, with the reason.
         SwarmError: the swarm does not serve all blocks of this model.
     """
+    if not hasattr(swarm, "open_model"):
+        raise UsageError(f"swarm must be a connection from swarmtune.connect, got {type(swarm).__name__}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device must be one that is available here, got {device!r}: {str(error).splitlines()[0][:150]}") from error
     name = os.fspath(model)
     config = load_config(name)
     site = check_identity(config)
@@ -99,6 +114,23 @@ def load_causal_lm(
     _attach(loaded, site, body, own)
     loaded.to(torch.device(device))  # type: ignore[arg-type]
     return loaded
+
+
+def _train_adapter_only(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
+    """``nn.Module.train`` for a model whose only learning part is its adapter."""
+    for module in model.children():
+        module.train(mode and module is getattr(model, "adapter", None))
+    model.training = mode
+    return model
+
+
+def _refuse_to_save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """A checkpoint without the body would load with random layers.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError("the body of this model is not here, so it cannot be saved: save what learns with model.adapter.save_pretrained(directory)")
 
 
 def _make_adapter(adapter: object, config: PretrainedConfig, name: str) -> PeftAdapter | None:
@@ -132,9 +164,6 @@ def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, dtype: torc
     fill(model, names, Checkpoint(name), model.base_model_prefix, dtype, device)
     model.tie_weights()
     init_buffers(model, model, device)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the frozen model computes as in eval mode, whatever mode the trainer sets
     return model.requires_grad_(False)
 
 
@@ -151,6 +180,11 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
     layers = RemoteLayers(body, adapter, site.returns_tuple)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
+    # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.
+    model.train = MethodType(_train_adapter_only, model)  # type: ignore[method-assign]
+    model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[method-assign]
+    model.push_to_hub = MethodType(_refuse_to_save, model)  # type: ignore[method-assign, assignment]
+    model.eval()
     model.body = body
     model.adapter = adapter  # type: ignore[assignment]
     model.config.use_cache = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,9 @@ class DataConfig:
         _need(self.source is not Source.DATASET or bool(self.path), "path must name a file, a directory or a hub id")
         _need(0 < self.validation_fraction < 1, f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         _need(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
+        _need(self.sequence_length <= 1 << 15, f"sequence_length must be at most {1 << 15}, got {self.sequence_length}")
+        unused = self.source is Source.PYTHON_TOPICS and (self.path, self.split, self.text_column) != (None, "train", "text")
+        _need(not unused, "path, data.split and data.text_column need data=FILE")
         _need(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         _need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
 
@@ -163,7 +167,7 @@ class OptimizerConfig:
     """Optimizer steps over which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
-        _need(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        _need(0 < self.lr < math.inf, f"lr must be a finite number above 0, got {self.lr}")
         _need(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             _need(0 <= beta < 1, f"{name} must be at least 0 and below 1, got {beta}")

@@ -182,11 +182,11 @@ def init_buffers(model: nn.Module, owner: PreTrainedModel, device: torch.device 
         pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if not pending:
             continue
-        if next(module.parameters(recurse=False), None) is not None:
-            raise ModelUnsupported(f"the library gives no value to {type(module).__name__}.{pending[0]}, which lies beside parameters")
-        module.to_empty(device=device, recurse=False)
-        for buffer in module.buffers(recurse=False):
-            buffer.fill_(float("nan") if buffer.is_floating_point() else 0)
+        for name in pending:
+            empty = torch.empty_like(module.get_buffer(name), device=device)
+            module._buffers[name] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # loaded values stay: the library skips what it believes done
         owner._init_weights(module)
         for name in pending:
             buffer = module.get_buffer(name)

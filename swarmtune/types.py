@@ -96,7 +96,9 @@ class Kwarg:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not 0 < len(self.name) <= 512 or not self.name.isprintable():
-            raise KwargError(f"a kwarg's name must be 1 to 512 printable characters, got {self.name!r}")
+            raise KwargError(f"a kwarg's name must be 1 to 512 printable characters, got {self.name!r:.100}")
+        if not callable(getattr(self.tensor, "dim", None)) or str(self.tensor.layout) != "torch.strided" or self.tensor.is_meta:
+            raise KwargError(f"kwarg {self.name[:80]}: its value must be a dense tensor with data, got {type(self.tensor).__name__}")
         rank = self.tensor.dim()
         for axis, dimension in self.axes.items():
             if axis not in AXES:

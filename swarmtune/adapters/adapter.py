@@ -50,6 +50,7 @@ class PeftAdapter(nn.Module):
         check_supported(config)
         self.config = copy.deepcopy(config)
         self.config.base_model_name_or_path = model_name
+        self.config.inference_mode = False  # what is given here is trained
         self.config.task_type = self.config.task_type or "CAUSAL_LM"
         self._model_config = model_config
         injected = inject(_weightless(build_skeleton(model_config)), self.config)

@@ -163,17 +163,18 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             injected: PeftModel = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER_NAME)
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, re.error) as error:
         raise AdapterUnsupported(_why_not(model, config, error)) from error
     return injected
 
 
 def _why_not(model: PreTrainedModel, config: PeftConfig, error: Exception) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+    site = find_layers(model)
+    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if site.split(name) and isinstance(module, torch.nn.Linear)})
     targets = getattr(config, "target_modules", None)
     if "not found" in str(error) or "No modules" in str(error):
         shown = sorted(targets) if isinstance(targets, set) else targets
-        return f"target_modules={shown} match nothing in {type(model).__name__}: its linear modules are {', '.join(leaves)}"
+        return f"target_modules={shown} match nothing in {type(model).__name__}: name some of its linear modules: {', '.join(leaves)}"
     return f"PEFT cannot put this adapter into {type(model).__name__}: {str(error).splitlines()[0][:300]}"
 
 

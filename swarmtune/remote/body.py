@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -56,6 +56,8 @@ class RemoteBody(nn.Module):
             raise KwargError(
                 f"hidden states must be floating-point (batch, sequence, {self.hidden_size}), got {hidden_BTH.dtype} {tuple(hidden_BTH.shape)}"
             )
+        if isinstance(kwargs, Mapping) or not isinstance(kwargs, Iterable) or not all(isinstance(kwarg, Kwarg) for kwarg in kwargs):
+            raise KwargError(f"kwargs must be a list of swarmtune.Kwarg, got {type(kwargs).__name__}")
         every = [*_library(hidden_BTH, attention_mask=attention_mask, position_ids=position_ids), *kwargs]
         plans = tuple(self._plan(kwarg, hidden_BTH) for kwarg in every)
         call = BodyCall(self._loop, self._chain, plans, adapter)

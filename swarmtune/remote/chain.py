@@ -25,6 +25,7 @@ from swarmtune.wire.messages import DETERMINISTIC, AdapterSpec, CallKwarg, Fault
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WAIT_S = 0.25
+MAX_SILENCE_S = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,13 +271,15 @@ class _Patience:
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
+        self._began = time.monotonic()
         self._ends_at: float | None = None
         self.last_fault: PeerFault | None = None
 
     def blame(self, fault: PeerFault) -> None:
         """Start the clock, and remember why."""
         self.last_fault = fault
-        self.remaining_s()
+        if self._ends_at is None:  # a silence that has been waited out counts
+            self._ends_at = time.monotonic() + self._limit_s - min(time.monotonic() - self._began, MAX_SILENCE_S, self._limit_s / 2)
 
     def remaining_s(self) -> float:
         """Seconds left; starts the clock."""

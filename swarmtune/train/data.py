@@ -68,7 +68,10 @@ def read_documents(path: str, text_column: str, split: str) -> list[Document]:
     try:
         found = _open_dataset(path, split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"data {path}: {' '.join(str(error).split())}") from error
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise UsageError(f"data {path}: {' '.join(str(root).split())[:300] or type(root).__name__}") from error
     if text_column not in found.column_names:
         raise UsageError(f"data {path}: there is no column {text_column!r}; there are: {', '.join(found.column_names)} (set data.text_column)")
     texts = [text for text in found[text_column] if text is not None]
@@ -90,6 +93,8 @@ def _open_dataset(path: str, split: str) -> Any:
                 raise UsageError(f"data {path}: there is no split {split!r}; there are: {', '.join(found)} (choose with data.split)")
             return found[split]
         return found
+    if local.is_file() and not local.stat().st_size:
+        raise UsageError(f"data {path}: the file is empty")
     if local.is_file():
         reader = READERS.get(local.suffix)
         if reader is None:

@@ -53,6 +53,12 @@ def check_trainer_flags(flags: Mapping[str, Any]) -> None:
             raise UsageError(f"trainer.{name} must be {' or '.join(sorted(names))}, got {value!r}")
         if name.startswith("max_") and isinstance(value, int) and value < -1:
             raise UsageError(f"trainer.{name} must be -1 (no limit) or at least 0, got {value}")
+    for name in ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+        value = flags.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+            raise UsageError(f"trainer.{name} must be above 0, got {value}")
+    if str(flags.get("precision")).startswith(("64", "transformer-engine")):
+        raise UsageError(f"trainer.precision={flags['precision']} is not supported: adapters are float32 (32-true) or lower")
     for name in ("devices", "num_nodes"):
         if flags.get(name, 1) not in (1, "1"):
             raise UsageError(f"trainer.{name}={flags[name]} is not supported: training is one process on one device (the servers do the work); use 1")

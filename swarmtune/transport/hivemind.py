@@ -224,6 +224,8 @@ class HivemindNode:
             connection = self._connections.get(peer)
             if connection is not None and not connection.closed.is_set():
                 return connection
+            if self.daemon_ended.is_set():
+                raise TransportError("the p2p daemon of this process has ended: connect again")
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT_S):
                     reader, writer = await self._open_stream(peer)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel
-from transformers import AutoModelForCausalLM
+from peft import IA3Config, LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BioGptConfig
 
 from swarmtune.errors import UsageError
 from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
@@ -140,8 +140,39 @@ def test_generate_without_a_cache_equals_local(models: dict[str, Path], family: 
         assert torch.equal(local.generate(input_ids=ids, use_cache=False, **options), model.generate(ids, **options))
 
 
+def test_train_mode_switches_the_adapter_and_leaves_the_frozen_model_in_eval_mode(tmp_path: Path) -> None:
+    """BioGPT's stem calls a functional dropout when it trains."""
+    torch.manual_seed(0)
+    config = BioGptConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, intermediate_size=64, max_position_embeddings=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "fc1"], task_type="CAUSAL_LM")
+    local = local_peft(tmp_path, adapter)
+    with loopback(tmp_path, ["0:1", "1:2"]) as swarm:
+        model = remote(tmp_path, swarm, adapter)
+        set_values([trainable(local), dict(model.adapter.named_parameters())])
+        model.train()
+        assert model.training
+        assert model.adapter.training
+        expected, found = step(local, batch()), step(model, batch())
+    assert torch.equal(expected[0], found[0])
+    assert same_bits(expected[2], found[2])
+
+
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions", "use_cache"])
 def test_outputs_that_would_be_wrong_are_refused(bloom: Path, option: str) -> None:
     with loopback(bloom) as swarm:
         with pytest.raises(UsageError, match=option):
             remote(bloom, swarm)(input_ids=batch()["input_ids"], **{option: True})
+
+
+def test_arguments_that_would_not_reach_the_blocks_are_refused(bloom: Path) -> None:
+    with loopback(bloom) as swarm:
+        with pytest.raises(UsageError, match="is_causal does not reach remote blocks"):
+            remote(bloom, swarm)(input_ids=batch()["input_ids"], is_causal=False)
+
+
+def test_a_checkpoint_without_its_body_is_not_written(bloom: Path, tmp_path: Path) -> None:
+    with loopback(bloom) as swarm:
+        with pytest.raises(UsageError, match=r"model\.adapter\.save_pretrained"):
+            remote(bloom, swarm).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

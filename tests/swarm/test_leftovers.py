@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,17 @@ def test_server_whose_daemon_is_killed_ends_and_says_why(bloom: Path, tmp_path: 
             time.sleep(0.1)
         assert not local.servers[0].alive
     assert "the p2p daemon of this server ended" in (tmp_path / "server-0.log").read_text()
+
+
+def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(bloom: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = [f"model='{bloom}'", "blocks='0:4'", f"port={taken.getsockname()[1]}"]
+        done = subprocess.run([sys.executable, "-P", "-m", "servers", *words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "cannot be listened on" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -43,6 +43,12 @@ def test_every_field_of_the_schema_is_documented() -> None:
 SENTENCES = {
     "": "say which recipe to run, such as recipe=lora_bloom",
     "recipe=lora_blom": "there is no recipe 'lora_blom'; there are: lora_bloom; did you mean lora_bloom?",
+    f"{RECIPE} trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be above 0, got 0",
+    f"{RECIPE} trainer.precision=64-true": "trainer.precision=64-true is not supported: adapters are float32 (32-true) or lower",
+    f"{RECIPE} optimizer.lr=inf": "optimizer.lr must be a finite number above 0, got inf",
+    f"{RECIPE} data.split=test": "data.path, data.split and data.text_column need data=FILE",
+    f"{RECIPE} model=": "model.path must not be empty",
+    f"{RECIPE} adapter.lora_dropout=0.1": "lora_dropout=0.1 is not supported, because a recomputed mask would differ: set lora_dropout=0",
     f"{RECIPE} trainer.devices=2": "trainer.devices=2 is not supported: training is one process on one device (the servers do the work); use 1",
     f"{RECIPE} data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
     f"{RECIPE} +data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
@@ -54,8 +60,8 @@ SENTENCES = {
     f"{RECIPE} data.batch_size=null": "data.batch_size must be a whole number, got None",
     f"{RECIPE} data.validation_fraction=1": "data.validation_fraction must be between 0 and 1, got 1.0",
     f"{RECIPE} data.text_column=12": "data.text_column must be text, got 12 (quote it",
-    f"{RECIPE} optimizer.lr=-1": "optimizer.lr must be above 0, got -1.0",
-    f"{RECIPE} optimizer.lr=nan": "optimizer.lr must be above 0, got nan",
+    f"{RECIPE} optimizer.lr=-1": "optimizer.lr must be a finite number above 0, got -1.0",
+    f"{RECIPE} optimizer.lr=nan": "optimizer.lr must be a finite number above 0, got nan",
     f"{RECIPE} optimizer.schedule=cosin": "optimizer.schedule must be one of cosine, linear, constant, got 'cosin'; did you mean cosine?",
     f"{RECIPE} optimizer=adam": "optimizer must be a group of keys, got 'adam'",
     f"{RECIPE} seed=-1": "seed must be at least 0",
@@ -100,7 +106,7 @@ def test_a_wrong_word_is_refused_in_one_sentence(words: str) -> None:
 
 
 def test_values_reach_their_keys() -> None:
-    words = ["optimizer.lr=5e-4", "swarm.spans=[0:2,2:6]", "swarm.dtype=bfloat16", "trainer.max_steps=7", "adapter.r=4", "adapter.use_dora=true"]
+    words = ["optimizer.lr=5e-4", "swarm.spans=[0:2,2:6]", "swarm.dtype=bfloat16", "trainer.max_steps=7", "adapter.r=4", "adapter.use_rslora=true"]
     found = load_config([RECIPE, *words, "trainer.limit_val_batches=0.5", "data.batch_size=1e1", "~trainer.gradient_clip_val"])
     assert found.optimizer.lr == 5e-4
     assert found.swarm.spans == ("0:2", "2:6")
@@ -110,7 +116,7 @@ def test_values_reach_their_keys() -> None:
     assert "gradient_clip_val" not in found.trainer
     assert found.data.batch_size == 10
     adapter = peft_config(found.adapter)
-    assert (adapter.r, adapter.use_dora, adapter.target_modules) == (4, True, "all-linear")
+    assert (adapter.r, adapter.use_rslora, adapter.target_modules) == (4, True, "all-linear")
 
 
 def test_the_recipe_wins_over_defaults_and_the_command_line_over_both() -> None:

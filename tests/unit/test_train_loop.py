@@ -303,7 +303,7 @@ def test_ctrl_c_during_the_first_validation_is_no_exit_code_of_lightning(
 
 def test_a_run_directory_is_not_used_twice(tiny_model: Path, tmp_path: Path) -> None:
     config = load_config(["recipe=lora_bloom", f"model={tiny_model}", f"run_dir={tmp_path}"])
-    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(UsageError, match="already holds a run"):
         app.make_run_dir(config)
 
