@@ -120,7 +120,7 @@ def _quieten() -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # not their parent: Lightning resets its level when imported
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for message in (r".*does not have many workers", r".*LeafSpec", r".*is_gradient_checkpointing"):
+    for message in (r".*does not have many workers", r".*LeafSpec", r".*is_gradient_checkpointing", r".*in eval mode at the start"):
         warnings.filterwarnings("ignore", message=message)
 
 

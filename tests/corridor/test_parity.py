@@ -165,10 +165,10 @@ def test_outputs_that_would_be_wrong_are_refused(bloom: Path, option: str) -> No
             remote(bloom, swarm)(input_ids=batch()["input_ids"], **{option: True})
 
 
-def test_arguments_that_would_not_reach_the_blocks_are_refused(bloom: Path) -> None:
-    with loopback(bloom) as swarm:
+def test_arguments_that_would_not_reach_the_blocks_are_refused(models: dict[str, Path]) -> None:
+    with loopback(models["llama"]) as swarm:
         with pytest.raises(UsageError, match="is_causal does not reach remote blocks"):
-            remote(bloom, swarm)(input_ids=batch()["input_ids"], is_causal=False)
+            remote(models["llama"], swarm)(input_ids=batch()["input_ids"], is_causal=False)
 
 
 def test_a_checkpoint_without_its_body_is_not_written(bloom: Path, tmp_path: Path) -> None:
