@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.resources
 import json
 import logging
 import os
@@ -79,8 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for GPU kernels that this machine need not have
     parent: Parent | None = None
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        keys = importlib.resources.files("conf").joinpath("server.yaml").read_text(encoding="utf-8")
+        sys.stdout.write(f"swarmtune serve key=value ...: hold some blocks of a model and serve them, until Ctrl-C\n\n{keys}")
+        return 0
     try:
-        config = compose("server", list(sys.argv[1:] if argv is None else argv), ServeConfig)
+        config = compose("server", words, ServeConfig)
         parent = Parent.greet(config.parent_fd) if config.parent_fd is not None else None
         asyncio.run(_serve(config, parent))
     except UsageError as error:
