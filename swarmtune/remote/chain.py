@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerFault, WireError
+from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerFault, SwarmError, WireError
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.transport.base import Transport, TransportError
 from swarmtune.types import Axis, BlockSpan
@@ -241,7 +241,8 @@ class Chain:
     def _after(self, fault: PeerFault, patience: _Patience) -> None:
         self.counters.retries += 1
         self._directory.failed(fault.peer)
-        patience.blame(fault)
+        if patience.blame(fault):
+            raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
         logger.warning("%s; trying another server", fault)
 
     async def _call(self, hop: Hop, call: SpanCall) -> SpanResult:
@@ -273,13 +274,20 @@ class _Patience:
         self._limit_s = limit_s
         self._began = time.monotonic()
         self._ends_at: float | None = None
+        self._failed: set[str] = set()
         self.last_fault: PeerFault | None = None
 
-    def blame(self, fault: PeerFault) -> None:
-        """Start the clock, and remember why."""
+    def blame(self, fault: PeerFault) -> bool:
+        """Start the clock, and remember why; whether to give up: the time is over, and this server has failed here before.
+
+        Without it, servers that describe themselves well and fail every call could be asked in turns for ever.
+        """
+        again = fault.peer in self._failed
+        self._failed.add(fault.peer)
         self.last_fault = fault
         if self._ends_at is None:  # a silence that has been waited out counts
             self._ends_at = time.monotonic() + self._limit_s - min(time.monotonic() - self._began, MAX_SILENCE_S, self._limit_s / 2)
+        return again and self.remaining_s() <= 0
 
     def remaining_s(self) -> float:
         """Seconds left; starts the clock."""

@@ -70,6 +70,7 @@ class Directory:
         self.model, self.num_blocks = model, num_blocks
         self.known: dict[str, Peer] = {}
         self._others: dict[str, str] = {}
+        self._agreed: dict[int, str] = {}
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
 
@@ -166,15 +167,22 @@ class Directory:
             peer.faults //= 2  # it answers again, so it is forgiven step by step
 
     def _check_weights(self) -> None:
-        """Servers of one block must hold the same weights; otherwise nobody knows which are right."""
-        first: dict[int, tuple[str, str]] = {}
+        """Servers of one block must hold the same weights. At first nobody knows which are right; later, a server that differs is left out."""
+        agreed, holders = dict(self._agreed), dict.fromkeys(self._agreed, "the servers so far")
         for peer in sorted(self.known.values(), key=lambda peer: peer.name):
-            for block, digest in enumerate(peer.info.block_digests, peer.info.span.start):
-                name, expected = first.setdefault(block, (peer.name, digest))
-                if digest != expected:
-                    raise SwarmMismatch(
-                        f"servers {name} and {peer.name} hold different weights for block {block}: connect to servers of one model only"
-                    )
+            held = dict(enumerate(peer.info.block_digests, peer.info.span.start))
+            clash = next((block for block, digest in held.items() if agreed.get(block, digest) != digest), None)
+            if clash is None:
+                agreed.update(held)
+                holders.update(dict.fromkeys(held.keys() - holders.keys(), peer.name))
+                continue
+            sentence = f"servers {holders[clash]} and {peer.name} hold different weights for block {clash}"
+            if not self._agreed:
+                raise SwarmMismatch(f"{sentence}: connect to servers of one model only")
+            del self.known[peer.name]
+            self._others[peer.name] = "other weights"
+            logger.warning("%s: leaving out %s", sentence, peer.name)
+        self._agreed = agreed
 
     def _unserved(self, start: int, stop: int) -> BlocksUnserved:
         trusted = sorted((peer for peer in self.known.values() if not peer.faults), key=lambda peer: (peer.info.span, peer.name))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarmtune.errors import BlocksUnserved, NonFinite, SwarmMismatch
+from swarmtune.errors import BlocksUnserved, NonFinite, SwarmError, SwarmMismatch
+from swarmtune.remote import route
 from tests.harness import Faults, batch, loopback, lora, make_handler, remote, same_bits, save_tiny, set_values, step
 
 REPLICAS = ["0:2", "2:4", "0:2", "2:4"]
@@ -124,3 +125,34 @@ def test_non_finite_input_is_not_blamed_on_a_block(bloom: Path) -> None:
         hidden[0, 1, 0] = float("inf")
         with pytest.raises(NonFinite, match="input of block 0"):
             remote(bloom, swarm).body(hidden)
+
+
+def test_a_server_with_other_weights_that_joins_later_is_never_used(bloom: Path, tmp_path: Path, quiet: dict[str, torch.Tensor]) -> None:
+    other = save_tiny("bloom", tmp_path / "other", seed=1)
+    with loopback(bloom, ["0:2", "2:4"], patience_s=0.5) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        set_values([dict(model.adapter.named_parameters())])
+        swarm._transport.handlers["aaa"] = make_handler(other, "0:4")  # type: ignore[attr-defined]
+        (opened,) = swarm._models.values()
+        swarm.loop.run(opened.directory.refresh())
+        assert "aaa" not in opened.directory.known
+        assert same_bits(quiet, step(model, batch())[2])
+        swarm.loop.run(swarm._transport.kill("peer0"))  # type: ignore[attr-defined]
+        with pytest.raises(BlocksUnserved, match="nobody serves blocks 0:2"):
+            model(**batch())
+
+
+def test_servers_that_describe_themselves_and_fail_every_call_end_in_an_error(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "FIRST_BAN_S", 0.0)
+
+    def fail(call: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    handlers = {name: make_handler(bloom, "0:4") for name in ("a", "b")}
+    for handler in handlers.values():
+        monkeypatch.setattr(handler._span, "forward", fail)
+    with loopback(bloom, handlers=handlers, patience_s=0.5) as swarm:
+        began = time.monotonic()
+        with pytest.raises(SwarmError, match=r"no server did the work within .* the device is gone"):
+            remote(bloom, swarm)(**batch())
+        assert time.monotonic() - began < 5
