@@ -54,8 +54,8 @@ def test_step_is_bitwise_quiet_after_sigkill(bloom: Path, alive: swarmtune.Local
         set_values([dict(model.adapter.named_parameters())])
         quiet = step(model, batch())[2]
         model.zero_grad()
-        hops = swarm.loop.run(_route(swarm))
         loss = model(**batch()).loss if phase == "between" else None
+        hops = swarm.loop.run(_route(swarm))  # what the next call will use
         for server in alive.servers:
             if server.peer_id in hops:
                 server.kill()
