@@ -37,6 +37,7 @@ Often changed:
   data.sequence_length=128     data.batch_size=8
   swarm.servers=2              or swarm.spans=[0:2,2:4]; swarm=join 'swarm.initial_peers=[...]' for a swarm that is already there
   run_dir=PATH                 where everything is written   (default: runs/<recipe>/<time>)
+  resume=RUN|auto              go on with an interrupted run; auto takes the latest one of the same configuration, or begins a new one
   seed=0  logger=wandb  debug=short
 
 Example:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words, started)
     except SwarmtuneError as error:
-        print(f"swarmtune: {error}", file=sys.stderr)
+        print(f"swarmtune: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, WRONG_INPUT) else EXIT_FAILED
     except KeyboardInterrupt as error:
         print(f"swarmtune: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -98,13 +99,13 @@ def help_text() -> str:
 
 
 def _train(words: list[str], started: float) -> int:
-    from swarmtune.config import load_config
+    from swarmtune.resume import plan_run
 
     _quieten()
-    config = load_config(words)
+    plan = plan_run(words)
     from swarmtune.app import train
 
-    _print_summary(train(config, started))
+    _print_summary(train(plan.config, started, resume=plan.run_dir))
     return 0
 
 

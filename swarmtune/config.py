@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swarmtune.errors import UsageError
+from swarmtune.files import write_text
 from swarmtune.schema import Config
 
 T = TypeVar("T")
@@ -49,20 +50,68 @@ def load_config(overrides: Sequence[str]) -> Config:
     """
     if not any(word.split("=", 1)[0].strip() == "recipe" for word in overrides):
         raise UsageError(f"say which recipe to run, such as recipe=lora_bloom (there are: {', '.join(options('recipe'))})")
+    config = compose("config", list(overrides), Config)
+    check_config(config, adapter_given=any(word.lstrip("+~").startswith("adapter") for word in overrides))
+    return config
+
+
+def check_config(config: Config, *, adapter_given: bool) -> None:
+    """Check what the schema cannot: paths, flags of the Trainer, and the adapter where the user gave something of it.
+
+    Raises:
+        UsageError: anything wrong.
+    """
     from swarmtune.train.library_keys import check_trainer_flags, peft_config
 
-    config = compose("config", list(overrides), Config)
     resolve_path(config.model.path)
     if config.data.path is not None:
         existing_path("data.path", config.data.path)
     check_trainer_flags(config.trainer)
-    if any(word.lstrip("+~").startswith("adapter") for word in overrides):
+    if adapter_given:
         from swarmtune.adapters.tuners import check_supported
 
         chosen = peft_config(config.adapter)
         if not isinstance(chosen, str):
             check_supported(chosen)
-    return config
+
+
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the ``config.yaml`` of a run, with single keys of ``overrides`` laid on top.
+
+    Raises:
+        UsageError: it cannot be read, or anything wrong with a word.
+    """
+    import yaml
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices, values, paths = _sort_overrides(list(overrides), _groups_of("config"))
+    if choices:
+        raise UsageError(f"{choices[0]}: a saved configuration takes single keys only, such as swarm.patience_s=60")
+    try:
+        config = OmegaConf.load(path)
+        parser = OverridesParser.create()
+        for word in values:
+            _apply(config, _parse(parser, word), word)
+        node = OmegaConf.to_container(config, resolve=True)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
+    return _checked(Config, node, paths)
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Full keys of the values in which two configurations differ."""
+    flat = [dict(_flat(to_plain(config))) for config in (one, other)]
+    return sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
@@ -89,12 +138,19 @@ def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
         node = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(one_line(error)) from error
+    return _checked(schema, node, paths)
+
+
+def _checked(schema: type[T], node: Any, paths: Sequence[tuple[str, str]]) -> T:
+    """Plain values as an object of the schema."""
+    if not isinstance(node, dict):
+        raise UsageError(f"a configuration must be a group of keys, got {type(node).__name__}")
     for key, text in paths:
         _set(node, key, text)
     known = list(_keys(schema))
     for key in _unknown_keys(schema, node):
         raise UsageError(f"there is no key {key}{nearest(key, known)}")
-    return _convert(schema, node, "")
+    return typing.cast(T, _convert(schema, node, ""))
 
 
 def _parse(parser: Any, word: str) -> Any:
@@ -327,7 +383,7 @@ def to_plain(value: Any) -> Any:
 
 
 def save_yaml(config: Any, path: Path) -> None:
-    """Write a config as YAML."""
+    """Write a config as YAML, whole or not at all."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.create(to_plain(config)), path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))

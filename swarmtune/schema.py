@@ -179,9 +179,24 @@ class LoggerConfig:
     """Where metrics go besides the CSV file, which is always written."""
 
     wandb: bool = False
-    """Also log to Weights & Biases; ``WANDB_MODE=offline`` needs no login."""
+    """Also log to Weights & Biases: online where there is a login, otherwise offline, which ``wandb sync`` uploads later."""
     project: str = "swarmtune"
     """W&B project."""
+    entity: str | None = None
+    """W&B user or team; the login's own if not given."""
+    name: str | None = None
+    """W&B name of the run; ``<recipe>-<model>-<run directory>`` if not given."""
+    group: str | None = None
+    """W&B group; the recipe, or the directory of a sweep, if not given."""
+    tags: tuple[str, ...] = ()
+    """W&B tags besides recipe, model and kind of adapter."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, which ``pip install swarmtune[tensorboard]`` brings."""
+
+    def __post_init__(self) -> None:
+        _need(bool(self.project.strip()), "project must not be empty")
+        for tag in self.tags:
+            _need(1 <= len(tag) <= 64, f"tags must have 1 to 64 characters each, got {tag!r}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +205,7 @@ class CallbacksConfig:
 
     checkpoint_every_steps: int = 100
     """Optimizer steps between checkpoints, each with a PEFT directory beside it."""
-    checkpoints_kept: int = 3
+    checkpoints_kept: int = 2
     """How many of the newest checkpoints stay; -1 keeps all."""
     progress: ProgressKind = ProgressKind.AUTO
     """How progress is shown."""

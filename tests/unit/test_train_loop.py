@@ -23,6 +23,7 @@ from swarmtune.errors import NonFinite, UsageError
 from swarmtune.train.callbacks import Meter
 from swarmtune.train.data import TextDataModule, python_topics
 from swarmtune.train.module import CausalLMModule
+from swarmtune.train.run_dir import new_run_dir
 
 WORDS = 61
 """Words of the stand-in's vocabulary."""
@@ -72,7 +73,7 @@ def stand_in(path: str, swarm: object, adapter: object) -> nn.Module:
 
 
 class Traffic:
-    bytes_up, bytes_down, retries = 10, 20, 0
+    bytes_up, bytes_down, retries, wait_s, servers = 10, 20, 0, 0.0, ()
 
 
 class StandInSwarm:
@@ -95,6 +96,9 @@ class StandInSwarm:
 
     def traffic(self) -> Traffic:
         return Traffic()
+
+    def fingerprint(self) -> dict:
+        return {"model": ["x"]}
 
 
 @pytest.fixture
@@ -200,7 +204,7 @@ def test_the_meter_counts_real_tokens(tiny_model: Path, tmp_path: Path) -> None:
     meter = Meter(Traffic, 0.0)
     quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, callbacks=[meter]).fit(module, datamodule=data)
     assert meter.tokens == 3 * 4 * 16
-    assert [step for step, _ in meter.train_losses] == [1, 2, 3]
+    assert math.isfinite(meter.train_loss)
     assert meter.tokens_per_s > 0
     assert meter.first_step_s is not None
 
@@ -219,7 +223,7 @@ def test_a_whole_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path, s
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step=2", "step=4"}
     for adapter in (run_dir / "adapter", run_dir / "checkpoints" / "step=2" / "adapter"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
-    assert "train_loss" in (run_dir / "csv" / "metrics.csv").read_text()
+    assert "train_loss" in (run_dir / "metrics.csv").read_text()
     assert "step 4/4" in capsys.readouterr().out
     assert len(swarm) == 2
     assert all(item.closed for item in swarm)
@@ -282,9 +286,9 @@ def test_ctrl_c_keeps_the_adapter_and_a_checkpoint(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(CausalLMModule, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; the adapter so far is in"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted; step 3 is saved: go on with swarmtune resume="):
         run_short(tiny_model, tmp_path / "run")
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step=3" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "run" / "checkpoints" / "step=3" / "state.ckpt").exists()
     assert all(item.closed for item in swarm)
 
@@ -296,16 +300,15 @@ def test_ctrl_c_during_the_first_validation_is_no_exit_code_of_lightning(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CausalLMModule, "validation_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="interrupted at step 0"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted; no step has been saved"):
         run_short(tiny_model, tmp_path / "run")
     assert all(item.closed for item in swarm)
 
 
 def test_a_run_directory_is_not_used_twice(tiny_model: Path, tmp_path: Path) -> None:
-    config = load_config(["recipe=lora_bloom", f"model={tiny_model}", f"run_dir={tmp_path}"])
-    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UsageError, match="already holds a run"):
-        app.make_run_dir(config)
+        new_run_dir(str(tmp_path), "lora_bloom")
 
 
 def test_blocks_are_shared_evenly(tiny_model: Path) -> None:
@@ -319,9 +322,3 @@ def test_blocks_are_shared_evenly(tiny_model: Path) -> None:
         app.server_spans(config("swarm.servers=3"), str(tiny_model))
     with pytest.raises(UsageError, match="outside the model, which has blocks 0:2"):
         app.server_spans(config("swarm.spans=[0:3]"), str(tiny_model))
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    app.write_json(tmp_path / "a.json", {"path": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"path": [1, None]}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
