@@ -305,7 +305,7 @@ def _validate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 def initial_peers(config: Config, spans: list[str], log_dir: Path) -> Iterator[Callable[[], list[str]]]:
     """Start the bundled servers, if the config asks for them; what is given waits until they are ready and names them.
 
-    Between the two the heavy libraries are imported, so that nobody waits for anybody.
+    Between the two the heavy libraries are imported, so that nobody waits for anybody. Asked again, it starts servers that have died since.
     """
     if config.swarm.kind is SwarmKind.JOIN:
         _say(config, f"connecting to {len(config.swarm.initial_peers)} peers, for up to {config.swarm.patience_s:.0f} s")
@@ -313,16 +313,22 @@ def initial_peers(config: Config, spans: list[str], log_dir: Path) -> Iterator[C
         return
     path = resolve_path(config.model.path)
     _say(config, f"starting {len(spans)} server{'s' if len(spans) > 1 else ''} of {Path(path).name}, blocks {', '.join(spans)}")
-    with ExitStack() as stack:
-        threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
-        local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=log_dir).start()
-        stack.callback(local.close)
+    threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
+    local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=log_dir)
+    try:
+        local.start()
         _import_heavy()
+        local.wait_ready()
 
         def ready() -> list[str]:
-            return stack.enter_context(local).initial_peers
+            for server in local.servers:
+                if not server.alive:
+                    server.restart()
+            return local.initial_peers
 
         yield ready
+    finally:
+        local.close()
 
 
 def _say(config: Config, line: str) -> None:

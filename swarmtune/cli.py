@@ -22,6 +22,7 @@ HELP = """\
 swarmtune: fine-tune a model whose frozen body runs on a swarm of servers; all that learns stays here.
 
   swarmtune recipe=NAME [key=value ...]   train
+  swarmtune -m recipe=NAME key=a,b ...    train once for every combination of values, over one swarm; a table at the end
   swarmtune serve [key=value ...]         serve some blocks of a model to others
   swarmtune --help | --version
 
@@ -79,6 +80,8 @@ def _dispatch(words: list[str], started: float) -> int:
     if words[0] == "serve":
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
+    if words[0] in ("-m", "--multirun"):
+        return _sweep(words[1:], started)
     if words[0].startswith("-"):
         raise UsageError(f"there is no option {words[0]}; swarmtune --help lists what there is")
     if "=" not in words[0] and words[0][0] not in "+~":
@@ -107,6 +110,15 @@ def _train(words: list[str], started: float) -> int:
 
     _print_summary(train(plan.config, started, resume=plan.run_dir))
     return 0
+
+
+def _sweep(words: list[str], started: float) -> int:
+    _quieten()
+    if not words:
+        raise UsageError("a sweep takes the words of a run, some with several values: swarmtune -m recipe=lora_bloom optimizer.lr=1e-3,1e-2")
+    from swarmtune.sweep import run_sweep
+
+    return run_sweep(words, started)
 
 
 def _quieten() -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import importlib.resources
+import itertools
 import re
 import types
 import typing
@@ -151,6 +152,31 @@ def _checked(schema: type[T], node: Any, paths: Sequence[tuple[str, str]]) -> T:
     for key in _unknown_keys(schema, node):
         raise UsageError(f"there is no key {key}{nearest(key, known)}")
     return typing.cast(T, _convert(schema, node, ""))
+
+
+def expand_sweep(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values that words such as ``optimizer.lr=1e-3,1e-2`` list, in order, as words of one run each; Hydra's sweep grammar.
+
+    Raises:
+        UsageError: a value cannot be read.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+
+    parser = OverridesParser.create()
+    columns: list[list[str]] = []
+    for word in words:
+        if word.partition("=")[0].lstrip("+") in VERBATIM:
+            columns.append([word])
+            continue
+        override = _parse(parser, word)
+        if not override.is_sweep_override():
+            columns.append([word])
+        elif isinstance(override.value(), Glob):
+            raise UsageError(f"{word}: name the values, separated by commas")
+        else:
+            columns.append([f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()])
+    return [list(combination) for combination in itertools.product(*columns)]
 
 
 def _parse(parser: Any, word: str) -> Any:

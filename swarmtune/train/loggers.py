@@ -78,7 +78,7 @@ def _wandb_logger(config: LoggerConfig, run_dir: Path, names: Mapping[str, Any],
             dir=run_dir,
             id=wandb_id,
             resume="allow",
-            mode="offline" if mode == "dryrun" else mode,
+            mode="online" if mode in ("online", "run") else "disabled" if mode == "disabled" else "offline",
         )
     except wandb.errors.Error as error:
         raise UsageError(f"logger=wandb: {str(error).splitlines()[0]} (WANDB_MODE=offline works without a network)") from error
