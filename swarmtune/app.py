@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
-from swarmtune.schema import Config, ProgressKind, SwarmKind
+from swarmtune.schema import Config, ProgressKind, Source, SwarmKind
 from swarmtune.types import BlockSpan, gaps
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def train(config: Config, started: float | None = None) -> dict[str, Any]:
     spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL else []
     if config.trainer.keys() - PLAIN_FLAGS or config.trainer.get("precision") != "32-true" or config.trainer.get("accelerator") != "auto":
         try_trainer(config.trainer)
+    check_data(config)
     run_dir = make_run_dir(config)
     save_yaml(config, run_dir / "config.yaml")
     with ExitStack() as stack:
@@ -287,6 +288,22 @@ def count_parameters(path: str) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_data(config: Config) -> None:
+    """Look for missing data, splits and columns before anything starts, as far as that is cheap.
+
+    Raises:
+        UsageError: what is missing, and what is there.
+    """
+    if config.data.source is Source.PYTHON_TOPICS:
+        return  # nothing can be missing
+    from swarmtune.train.sources import SOURCE_KEYS, make_sources
+
+    keys = to_plain(config.data)
+    for source in make_sources(**{name: keys[name] for name in SOURCE_KEYS}):
+        if source is not None:
+            source.check()
 
 
 # --- the recipe and the Trainer ----------------------------------------------------------------------------------------------
