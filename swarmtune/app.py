@@ -23,7 +23,7 @@ import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
 from swarmtune.errors import SwarmtuneError, UsageError
 from swarmtune.files import write_json
-from swarmtune.schema import Config, ProgressKind, SwarmKind
+from swarmtune.schema import Config, ProgressKind, Source, SwarmKind
 from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, CONFIG, FACTS, SUMMARY, locked, new_run_dir, read_facts
 from swarmtune.types import BlockSpan, gaps
 
@@ -82,6 +82,7 @@ def train(
     started = time.monotonic() if started is None else started
     spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL and peers is None else []
     check_trainer(config)
+    check_data(config)
     run_dir = new_run_dir(config.run_dir, config.recipe) if resume is None else resume
     with locked(run_dir), ExitStack() as stack:
         if resume is None:
@@ -398,6 +399,22 @@ def count_parameters(path: str) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_data(config: Config) -> None:
+    """Look for missing data, splits and columns before anything starts, as far as that is cheap.
+
+    Raises:
+        UsageError: what is missing, and what is there.
+    """
+    if config.data.source is Source.PYTHON_TOPICS:
+        return  # nothing can be missing
+    from swarmtune.train.sources import SOURCE_KEYS, make_sources
+
+    keys = to_plain(config.data)
+    for source in make_sources(**{name: keys[name] for name in SOURCE_KEYS}):
+        if source is not None:
+            source.check()
 
 
 # --- the recipe and the Trainer ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import glob
 import importlib.resources
 import itertools
 import re
@@ -29,8 +30,17 @@ T = TypeVar("T")
 REQUIRED = "???"
 """What stands in a YAML file where the user must give a value."""
 
-VERBATIM = ("run_dir", "model.path", "data.path", "adapter.path")
+VERBATIM = ("run_dir", "model.path", "data.path", "data.validation_path", "data.cache_dir", "adapter.path")
 """Keys whose value is a path, taken as typed: spaces, commas and brackets mean nothing to Hydra there."""
+VERBATIM_TEXT = ("data.text_template",)
+"""Keys whose value is text, taken as typed but for ``\\n`` and ``\\t``."""
+FREE_PATHS = ("run_dir", "data.cache_dir")
+"""Paths that need not exist."""
+FILE_ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".safetensors"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip"),
+)
+"""What ends like this is a file, never a hub id."""
 PATH_GROUPS = {"model": "model.path", "data": "data.path", "adapter": "adapter.path"}
 """Groups that also take a path: ``model=some/directory``."""
 PATH_OPTIONS = {"data": "dataset", "adapter": "saved"}
@@ -65,8 +75,9 @@ def check_config(config: Config, *, adapter_given: bool) -> None:
     from swarmtune.train.library_keys import check_trainer_flags, peft_config
 
     resolve_path(config.model.path)
-    if config.data.path is not None:
-        existing_path("data.path", config.data.path)
+    for name in ("path", "validation_path"):
+        if (given := getattr(config.data, name)) is not None:
+            existing_path(f"data.{name}", given)
     check_trainer_flags(config.trainer)
     if adapter_given:
         from swarmtune.adapters.tuners import check_supported
@@ -229,7 +240,9 @@ def _sort_overrides(overrides: list[str], groups: list[str]) -> tuple[list[str],
             raise UsageError(f"expected key=value, got {word!r}")
         if key not in groups:
             name = key.lstrip("+")
-            if name in VERBATIM and text not in ("", "null"):
+            if name in VERBATIM_TEXT and text not in ("", "null"):
+                paths.append((name, _unquote(text).replace("\\n", "\n").replace("\\t", "\t")))
+            elif name in VERBATIM and text not in ("", "null"):
                 paths.append((name, existing_path(name, _unquote(text))))
             else:
                 values.append(word)
@@ -260,11 +273,15 @@ def _model_or_path(group: str, text: str) -> str:
 
 
 def existing_path(key: str, text: str) -> str:
-    """An absolute local path, ``pkg://...`` or a hub id; ``run_dir`` need not exist."""
+    """An absolute local path, a pattern that matches some, ``pkg://...`` or a hub id; those of ``FREE_PATHS`` need not exist."""
     if not text.strip():
         raise UsageError(f"{key} must not be empty")
     local = Path(text).expanduser()
-    if key == "run_dir" or local.exists():
+    if key in FREE_PATHS or local.exists():
+        return str(local.absolute())
+    if key in ("data.path", "data.validation_path") and glob.has_magic(text):
+        if next(glob.iglob(str(local), recursive=True), None) is None:
+            raise UsageError(f"{key}: no file matches {text}")
         return str(local.absolute())
     if text.startswith("pkg://") or (key != "adapter.path" and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) and not _looks_like_file(text)):
         return text
@@ -276,7 +293,7 @@ def existing_path(key: str, text: str) -> str:
 def _looks_like_file(text: str) -> bool:
     """Whether ``org/name`` is rather a path: its folder is here, or it ends as a data file does."""
     parent, _, _ = text.rpartition("/")
-    return bool(parent and Path(parent).is_dir()) or text.endswith((".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow", ".safetensors"))
+    return bool(parent and Path(parent).is_dir()) or text.lower().endswith(FILE_ENDINGS)
 
 
 def resolve_path(path: str) -> str:

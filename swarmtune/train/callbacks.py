@@ -150,7 +150,7 @@ class ProgressDisplay(Callback):
     """
 
     def __init__(self, meter: Meter, console: Console, *, bar: bool, line_every_s: float = 5.0) -> None:
-        self.meter, self.console, self.line_every_s = meter, console, line_every_s
+        self.meter, self.console, self.bar, self.line_every_s = meter, console, bar, line_every_s
         self._bar = self._new_bar(console) if bar else None
         self._task: TaskID | None = None
         self._said_at, self._began_at, self._first_step = 0.0, 0.0, 0

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def train(tiny_model: Path, folder: Path, steps: int, every: int, keep: int = -1) -> AdapterCheckpoint:
     module, data = module_and_data(tiny_model)
     checkpoint = AdapterCheckpoint(folder / "checkpoints", every, keep)
-    quiet_trainer(folder, max_steps=steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[Meter(Traffic, 0.0), checkpoint]).fit(module, datamodule=data)
+    quiet_trainer(folder, max_steps=steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[Meter(Traffic, 0.0), checkpoint]).fit(
+        module, datamodule=data
+    )
     return checkpoint
 
 
@@ -80,7 +82,11 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_older_one_nor_the_run(
     (small_disk / "filler").write_bytes(bytes(max(0, os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 8192)))
     module, data = module_and_data(tiny_model)
     trainer = quiet_trainer(
-        small_disk, max_steps=4, limit_val_batches=0, enable_checkpointing=True, callbacks=[Meter(Traffic, 0.0), AdapterCheckpoint(small_disk / "checkpoints", 4)]
+        small_disk,
+        max_steps=4,
+        limit_val_batches=0,
+        enable_checkpointing=True,
+        callbacks=[Meter(Traffic, 0.0), AdapterCheckpoint(small_disk / "checkpoints", 4)],
     )
     with caplog.at_level(logging.WARNING):
         trainer.fit(module, datamodule=data)
