@@ -25,7 +25,14 @@ def metric_rows(steps: int, labels: Sequence[str], *, lr: float = 1e-3, validate
         up, down = up + 6_467_316, down + 3_213_012
         loss = 2.5 + 1.6 * math.exp(-step * lr * 20) + draw.gauss(0, 0.15)
         row: dict[str, float] = {"step": step, "epoch": 0, "train_loss": loss, "lr": lr, "tokens_per_s": 1024 / spent}
-        row |= {"bytes_up": up, "bytes_down": down, "retries": step // 70, "time/train_s": train_s, "time/swarm_s": swarm_s}
+        row |= {
+            "bytes_up": up,
+            "bytes_down": down,
+            "retries": step // 70,
+            "time/train_s": train_s,
+            "time/swarm_s": swarm_s,
+            "time/wall_s": train_s + 9,
+        }
         for index, label in enumerate(labels):
             shares = (0.2 + 0.05 * index, 0.04 * index, 0.35)
             row |= {f"server/{label}/{name}": share * train_s for name, share in zip(SERVER_COLUMNS, shares, strict=False)}

@@ -164,7 +164,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 RUN_COLUMNS = ("run", "state", "steps", "training loss", "held-out loss", "best", "at step", "perplexity before", "after", "tokens/s")
-RUN_TOTALS = ("training time, s", "up, MB", "down, MB", "retries", "failures")
+RUN_TOTALS = ("wall time, s", "training time, s", "up, MB", "down, MB", "retries", "failures")
 
 
 def _runs_table(shown: Comparison) -> str:
@@ -195,6 +195,7 @@ def _run_row(run: Run, name: str, curves: RunCurves) -> list[str]:
         _number(before, 2),
         _number(after, 2),
         _number(speed, 1),
+        _number(run.wall_s, 1),
         _number(run.train_s, 1),
         _number(_mb(run.bytes_up), 1),
         _number(_mb(run.bytes_down), 1),

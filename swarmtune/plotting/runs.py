@@ -21,6 +21,8 @@ from swarmtune.errors import UsageError
 METRICS, CONFIG, SUMMARY = "metrics.csv", "config.yaml", "summary.json"
 SERVER_TOTALS = ("network_s", "queue_s", "compute_s", "bytes_up", "bytes_down", "calls", "failures")
 """The columns ``server/<label>/<total>``, each a total since the start of the run."""
+TRAIN_COLUMNS = ("train_loss", "tokens_per_s", "tokens", "time/train_s", "bytes_up", "bytes_down")
+"""What is kept of every training step; it may stand in several rows of that step."""
 GAP = math.nan
 
 
@@ -93,6 +95,7 @@ class Run:
     train: TrainRows
     val: ValRows
     servers: tuple[ServerTotals, ...]
+    wall_s: float | None
     train_s: float | None
     swarm_s: float | None
     bytes_up: float | None
@@ -174,6 +177,7 @@ def read_run(path: Path) -> Run | None:
         train=reader.train,
         val=reader.val,
         servers=servers,
+        wall_s=total("time/wall_s"),
         train_s=total("time/train_s"),
         swarm_s=total("time/swarm_s"),
         bytes_up=total("bytes_up"),
@@ -194,6 +198,8 @@ class _MetricsReader:
         self._places: dict[str, int] = {}
         self._totals: dict[str, tuple[str, int]] = {}
         self._seconds = self._tokens = 0.0
+        self._pending: dict[str, float] = {}
+        self._pending_step = GAP
 
     def read(self, *, complete: bool) -> None:
         """Fill ``train``, ``val`` and the totals; unless the file is ``complete``, a last line without its newline is left out."""
@@ -212,6 +218,7 @@ class _MetricsReader:
                         if row[place]:
                             self._totals[name] = row[place], rows.line_num
                     self._take(row, rows.line_num)
+                self._end_step()
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UsageError(f"{self.path} cannot be read as CSV: {error}") from error
 
@@ -228,33 +235,42 @@ class _MetricsReader:
         self.tokens_counted = "tokens" in self._places
 
     def _take(self, row: list[str], line: int) -> None:
-        loss, val_loss = self._cell(row, "train_loss", line), self._cell(row, "val_loss", line)
-        if loss is None and val_loss is None:
+        found = {name: value for name in TRAIN_COLUMNS if (value := self._cell(row, name, line)) is not None}
+        val_loss = self._cell(row, "val_loss", line)
+        if not found and val_loss is None:
             return
         step = self._cell(row, "step", line)
         if step is None:
             raise UsageError(f"{self.path}, line {line}: the column step is empty")
-        if loss is not None:
-            self._take_training(row, line, step, loss)
-        if val_loss is not None and not (len(self.train.step) and step < self.train.step[-1]):  # a resumed run looks again before it begins
-            perplexity = self._cell(row, "val_ppl", line)
-            ends = step, self._seconds, self._tokens, val_loss, GAP if perplexity is None else perplexity, len(self.train.step)
-            _append(self.val.columns(), ends)
+        if found:
+            if step != self._pending_step or found.keys() & self._pending.keys():
+                self._end_step()
+            self._pending_step = step
+            self._pending |= found
+        if val_loss is not None:
+            self._end_step()
+            if not len(self.train.step) or step >= self.train.step[-1]:  # a resumed run may look again, at an early step, before it begins
+                perplexity = self._cell(row, "val_ppl", line)
+                ends = step, self._seconds, self._tokens, val_loss, GAP if perplexity is None else perplexity, len(self.train.step)
+                _append(self.val.columns(), ends)
 
-    def _take_training(self, row: list[str], line: int, step: float, loss: float) -> None:
-        if len(self.train.step) and step <= self.train.step[-1]:
+    def _end_step(self) -> None:
+        """Keep what stood in the rows of one training step."""
+        found, step = self._pending, self._pending_step
+        self._pending = {}
+        if not found:
+            return
+        if "train_loss" in found and len(self.train.step) and step <= self.train.step[-1]:
             self._rewind(step)
-        speed, seconds = self._cell(row, "tokens_per_s", line), self._cell(row, "time/train_s", line)
-        spent = 0.0 if seconds is None else seconds - self._seconds
+        seconds = found.get("time/train_s", self._seconds)
         if self.tokens_counted:
-            tokens = self._cell(row, "tokens", line)
-            self._tokens = self._tokens if tokens is None else tokens
+            self._tokens = found.get("tokens", self._tokens)
         else:
-            self._tokens += max(spent, 0.0) * (speed or 0.0)
-        self._seconds += spent
-        up, down = self._cell(row, "bytes_up", line), self._cell(row, "bytes_down", line)
-        cells = (GAP if cell is None else cell for cell in (speed, up, down))
-        _append(self.train.columns(), (step, self._seconds, self._tokens, loss, *cells))
+            self._tokens += max(seconds - self._seconds, 0.0) * found.get("tokens_per_s", 0.0)
+        self._seconds = seconds
+        if "train_loss" in found:
+            cells = (found.get(name, GAP) for name in ("train_loss", "tokens_per_s", "bytes_up", "bytes_down"))
+            _append(self.train.columns(), (step, self._seconds, self._tokens, *cells))
 
     def _rewind(self, step: float) -> None:
         """Drop what was logged at ``step`` and later."""

@@ -157,6 +157,7 @@ def test_numbers_of_the_tables_and_charts_are_those_of_the_csv(tmp_path: Path) -
         "perplexity before": f"{val[0]['val_ppl']:.2f}",
         "after": f"{val[-1]['val_ppl']:.2f}",
         "tokens/s": "1,861.5",
+        "wall time, s": f"{train[-1]['time/wall_s']:.1f}",
         "training time, s": f"{train[-1]['time/train_s']:.1f}",
         "up, MB": f"{train[-1]['bytes_up'] / 1e6:,.1f}",
         "down, MB": f"{train[-1]['bytes_down'] / 1e6:,.1f}",
@@ -258,6 +259,31 @@ def test_a_resumed_run_replaces_what_it_does_again(tmp_path: Path) -> None:
     assert list(run.train.tokens) == [10, 20, 30, 40]
     assert list(run.val.loss) == [9, 8, 7]
     assert list(run.val.seconds) == [0, 2, 4]
+
+
+def test_rows_of_one_step_are_put_together(tmp_path: Path) -> None:
+    """Totals are logged before the loss or after it, and a validation of the same step may stand before the training or after it."""
+    header = "step,train_loss,val_loss,time/train_s,tokens,bytes_up,tokens_per_s"
+    rows = (
+        "0,,9,,,,",
+        "0,,,1,100,1e6,",
+        "0,4,,,,,90",
+        "1,3,,2,200,3e6,80",
+        "2,,,4,300,4e6,",
+        "2,2,,,,,70",
+        "2,,8,,,,",
+        "3,1,,,,,60",
+        "3,,,5,400,7e6,",
+    )
+    run = must_read(write_rows(tmp_path / "run", "\n".join((header, *rows, ""))))
+    assert list(run.train.step) == [0, 1, 2, 3]
+    assert list(run.train.loss) == [4, 3, 2, 1]
+    assert list(run.train.seconds) == [1, 2, 4, 5]
+    assert list(run.train.tokens) == [100, 200, 300, 400]
+    assert list(run.train.tokens_per_s) == [90, 80, 70, 60]
+    assert list(run.train.bytes_up) == [1e6, 3e6, 4e6, 7e6]
+    assert list(run.val.seconds) == [0, 4]
+    assert list(run.val.train_rows) == [0, 3]
 
 
 def test_runs_are_named_by_what_differs_between_their_configurations(tmp_path: Path) -> None:
