@@ -169,7 +169,10 @@ RUN_TOTALS = ("wall time, s", "training time, s", "up, MB", "down, MB", "retries
 
 def _runs_table(shown: Comparison) -> str:
     table = _table((*RUN_COLUMNS, *RUN_TOTALS), map(_run_row, shown.runs, shown.names, shown.curves), "runs", 2)
-    note = "Training loss is the running mean at the last logged step; an unfinished run shows the step and the speed that it logged last."
+    note = (
+        "Training loss is the running mean at the last logged step; times and totals are those of that step, without what a last validation cost. "
+        "An unfinished run shows the step and the speed that it logged last."
+    )
     return f'{table}\n<p class="caption">{note}</p>'
 
 
@@ -242,15 +245,20 @@ def _bar(bar: Bar, longest: float) -> str:
 
 def _servers_table(shown: Comparison) -> str:
     rows = [_server_row(run, name, server) for run, name in zip(shown.runs, shown.names, strict=True) for server in run.servers]
-    header = ("run", "server", "peer", "blocks", "network, s", "queue, s", "compute, s", "calls", "failures", "up, MB", "down, MB")
-    return "<h2>Servers</h2>\n" + _table(header, rows, "servers", 4) if rows else ""
+    header = ("run", "server", "network, s", "queue, s", "compute, s", "calls", "failures", "up, MB", "down, MB")
+    return "<h2>Servers</h2>\n" + _table(header, rows, "servers", 2) if rows else ""
 
 
 def _server_row(run: Run, name: str, server: ServerTotals) -> list[str]:
-    known = (run.summary or {}).get("servers")
-    facts = known.get(server.label) if isinstance(known, dict) else None
-    peer, span = (str(facts.get(key, "–")) for key in ("peer", "span")) if isinstance(facts, dict) else ("–", "–")
     seconds = (_number(value, 1) for value in (server.network_s, server.queue_s, server.compute_s))
     counts = (_number(value, 0) for value in (server.calls, server.failures))
     traffic = (_number(_mb(value), 1) for value in (server.bytes_up, server.bytes_down))
-    return [_text(name), _text(server.label), _text(peer), _text(span), *seconds, *counts, *traffic]
+    return [_text(name), _text(server.label + _identity(run, server.label)), *seconds, *counts, *traffic]
+
+
+def _identity(run: Run, label: str) -> str:
+    """Peer and blocks of a server, where the summary names them."""
+    servers = (run.summary or {}).get("servers")
+    facts = servers.get(label) if isinstance(servers, dict) else None
+    known = [f"{key} {facts[key]}" for key in ("peer", "span") if key in facts] if isinstance(facts, dict) else []
+    return f" ({', '.join(known)})" if known else ""

@@ -32,7 +32,10 @@ def _column() -> array[float]:
 
 @dataclass(frozen=True, slots=True)
 class TrainRows:
-    """Logged training steps, one entry each; NaN where a cell is empty. Seconds, tokens and bytes are totals."""
+    """Logged training steps, one entry each; NaN where a cell is empty. Seconds, tokens and bytes are totals.
+
+    ``step`` counts finished optimizer steps, as checkpoints do; the file numbers steps from 0.
+    """
 
     step: array[float] = field(default_factory=_column)
     seconds: array[float] = field(default_factory=_column)
@@ -243,16 +246,22 @@ class _MetricsReader:
         if step is None:
             raise UsageError(f"{self.path}, line {line}: the column step is empty")
         if found:
-            if step != self._pending_step or found.keys() & self._pending.keys():
+            if step + 1 != self._pending_step or found.keys() & self._pending.keys():
                 self._end_step()
-            self._pending_step = step
+            self._pending_step = step + 1
             self._pending |= found
         if val_loss is not None:
             self._end_step()
-            if not len(self.train.step) or step >= self.train.step[-1]:  # a resumed run may look again, at an early step, before it begins
-                perplexity = self._cell(row, "val_ppl", line)
-                ends = step, self._seconds, self._tokens, val_loss, GAP if perplexity is None else perplexity, len(self.train.step)
-                _append(self.val.columns(), ends)
+            self._take_validation(row, line, step, val_loss)
+
+    def _take_validation(self, row: list[str], line: int, step: float, val_loss: float) -> None:
+        untrained = step == 0 and not len(self.train.step) and not len(self.val.step)
+        done = 0 if untrained else step + 1
+        if len(self.train.step) and done < self.train.step[-1]:
+            return  # a resumed run that looks again before it begins says step 0
+        perplexity = self._cell(row, "val_ppl", line)
+        ends = done, self._seconds, self._tokens, val_loss, GAP if perplexity is None else perplexity, len(self.train.step)
+        _append(self.val.columns(), ends)
 
     def _end_step(self) -> None:
         """Keep what stood in the rows of one training step."""
