@@ -88,12 +88,17 @@ def test_checkpoints_hold_only_what_learns_with_an_adapter_beside_each(short_run
     checkpoints = sorted(run_dir.glob("checkpoints/**/*.ckpt"))
     assert checkpoints
     for path in checkpoints:
-        names = torch.load(path, weights_only=False)["state_dict"]
+        names = torch.load(path, weights_only=True)["state_dict"]
         assert names
         assert all("lora_" in name for name in names)
         assert (path.parent / "adapter" / "adapter_config.json").is_file()
-    metrics = next(run_dir.glob("csv/**/metrics.csv")).read_text().splitlines()
-    assert {"train_loss", "val_loss", "lr"} <= set(metrics[0].split(","))
+    columns = (run_dir / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "lr", "time/train_s", "time/swarm_s"} <= set(columns)
+    totals = summary_of(run_dir)["servers"]
+    assert len(totals) == 2
+    for label, server in totals.items():
+        assert min(server[name] for name in ("calls", "compute_s", "network_s", "bytes_up", "bytes_down")) > 0
+        assert f"server/{label}/compute_s" in columns
 
 
 def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: Path) -> None:
@@ -195,19 +200,63 @@ def test_bad_input_is_one_sentence_without_a_traceback(tmp_path: Path, words: li
     assert len([line for line in done.stderr.splitlines() if line.startswith("swarmtune:")]) == 1
 
 
-def test_ctrl_c_keeps_the_adapter_and_leaves_no_process(tmp_path: Path) -> None:
-    process = subprocess.Popen([*COMMAND, "recipe=lora_bloom", "run_dir=out", "callbacks.progress=lines", "callbacks.line_every_s=0.1"], cwd=tmp_path,
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def begin(words: list[str], cwd: Path, until: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a run and wait until it prints a line that matches ``until``; the process, and all that it has started."""
+    words = [*words, "callbacks.progress=lines", "callbacks.line_every_s=0.01"]
+    process = subprocess.Popen([*COMMAND, *words], cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
+    lines = []
     for line in process.stdout:
-        if re.search(r"step [2-9]", line):
-            break
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, output + errors
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family):
+        lines.append(line)
+        if re.search(until, line):
+            return process, psutil.Process(process.pid).children(recursive=True)
+    raise AssertionError("".join(lines))
+
+
+def wait_gone(family: list[psutil.Process]) -> None:
+    """Every process has ended within ten seconds."""
+    ends_at = time.monotonic() + 10
+    while alive := [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < ends_at, alive
         time.sleep(0.1)
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+LONG = ["recipe=lora_bloom", "trainer.max_steps=14", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=10",
+        "trainer.limit_val_batches=1", "callbacks.checkpoint_every_steps=4", "data.batch_size=4", "swarm.threads=1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run([*LONG, "run_dir=out"], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (folder / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_no_process_and_goes_on_to_the_same_adapter(tmp_path: Path, unbroken: bytes, number: int) -> None:
+    process, family = begin([*LONG, "run_dir=out"], tmp_path, r"step [67]/")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=90)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130, output
+        assert "stopping after this step" in output
+        assert re.search(r"interrupted; step \d+ is saved: go on with swarmtune resume=", output), output
+    wait_gone(family)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    done = run(["resume=out"] if number == signal.SIGINT else [*LONG, "run_dir=out", "resume=auto"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"going on with .*out after step \d", done.stdout), done.stdout
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == unbroken
+    steps = [int(line.split(",")[0]) for line in (tmp_path / "out" / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(steps)
+    assert set(steps) >= set(range(14)) - {int(line) for line in re.findall(r"after step (\d+)", done.stdout) for line in [int(line) - 1]}
+
+
+def test_a_sweep_runs_over_one_swarm_and_ends_in_a_table(tmp_path: Path) -> None:
+    done = run(["-m", "recipe=lora_bloom", "debug=short", "optimizer.lr=1e-3,5e-3", "trainer.max_steps=6", "run_dir=sweep"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("starting 2 servers") == 1
+    assert re.search(r"1\s*.\s*0\.005.*best", done.stdout), done.stdout
+    assert [summary_of(tmp_path / "sweep" / name)["steps"] for name in "01"] == [6, 6]
