@@ -174,6 +174,11 @@ class DirectoryNode:
                 logger.debug("ignored a DHT record: %s", error)
         return [announcement for announcement in announcements if announcement.expires_at > get_dht_time()]
 
+    def met(self) -> set[str]:
+        """Peers of the DHT that this node has heard of; what they serve, if anything, is for them to say."""
+        assert self._node is not None, "met before start"
+        return {peer.to_base58() for peer in self._node.protocol.routing_table.peer_id_to_uid}
+
     async def close(self) -> None:
         """Leave the DHT."""
         if self._node is not None:
