@@ -23,6 +23,7 @@ swarmtune: fine-tune a model whose frozen body runs on a swarm of servers; all t
 
   swarmtune recipe=NAME [key=value ...]   train
   swarmtune serve [key=value ...]         serve some blocks of a model to others
+  swarmtune doctor [--peer ADDRESS ...]   check this machine, or a swarm, and say what to do
   swarmtune --help | --version
 
 Recipes: {recipes}
@@ -42,7 +43,7 @@ Often changed:
 Example:
   swarmtune recipe=lora_bloom data=notes.jsonl trainer.max_steps=500
 """
-VERBS = ("serve",)
+VERBS = ("serve", "doctor")
 WRONG_INPUT = (UsageError, NonFinite, PeersUnreachable, BlocksUnserved, SwarmMismatch)
 """What the user can mend by giving something else; the rest is the swarm's failure."""
 
@@ -78,6 +79,12 @@ def _dispatch(words: list[str], started: float) -> int:
     if words[0] == "serve":
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
+    if words[0] == "doctor":
+        from swarmtune.doctor.command import main as doctor
+        from swarmtune.notices import show_warnings
+
+        show_warnings()
+        return doctor(words[1:])
     if words[0].startswith("-"):
         raise UsageError(f"there is no option {words[0]}; swarmtune --help lists what there is")
     if "=" not in words[0] and words[0][0] not in "+~":
@@ -99,8 +106,10 @@ def help_text() -> str:
 
 def _train(words: list[str], started: float) -> int:
     from swarmtune.config import load_config
+    from swarmtune.notices import show_warnings
 
     _quieten()
+    show_warnings()
     config = load_config(words)
     from swarmtune.app import train
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -174,9 +175,11 @@ class DirectoryNode:
                 logger.debug("ignored a DHT record: %s", error)
         return [announcement for announcement in announcements if announcement.expires_at > get_dht_time()]
 
-    def met(self) -> set[str]:
-        """Peers of the DHT that this node has heard of; what they serve, if anything, is for them to say."""
-        assert self._node is not None, "met before start"
+    async def meet(self) -> set[str]:
+        """Peers of the DHT, found by looking up a key that nobody has; what they serve, if anything, is for them to say."""
+        assert self._node is not None, "meet before start"
+        async with _deadline("meet its peers", FIND_TIMEOUT_S):
+            await self._node.get(dht_key(secrets.token_hex(8)), latest=True)
         return {peer.to_base58() for peer in self._node.protocol.routing_table.peer_id_to_uid}
 
     async def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-MAX_TEXT = 1500
+from swarmtune.notices import printable
 
 
 class Status(StrEnum):
@@ -32,12 +32,6 @@ class Check:
     advice: str = ""
 
     def __post_init__(self) -> None:
-        for field in fields(self)[2:]:
-            object.__setattr__(self, field.name, printable(getattr(self, field.name)))
-        object.__setattr__(self, "name", printable(self.name))
-
-
-def printable(text: str, limit: int = MAX_TEXT) -> str:
-    """``text`` on one line without control characters, cut at ``limit``: nothing in it can move a cursor or colour a terminal."""
-    line = "".join(character if character.isprintable() else " " for character in text[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+        for field in fields(self):
+            if field.name != "status":
+                object.__setattr__(self, field.name, printable(getattr(self, field.name)))

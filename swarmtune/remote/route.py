@@ -21,6 +21,8 @@ INFO_TIMEOUT_S = 5.0
 FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
 HOP_COST_S = 1e-3
 SMOOTHING = 0.3
+MIXED = "mixed"
+"""Stands for the numeric class of a route that needs servers of several."""
 
 
 class Discovery(Protocol):
@@ -115,7 +117,7 @@ class Directory:
                 return hops
         hops = _cheapest(candidates, start, stop, tokens)
         if hops is not None:
-            self._prefer("mixed")
+            self._prefer(MIXED)
         return hops
 
     def succeeded(self, hop: Hop, seconds: float, tokens: int) -> None:
@@ -134,6 +136,8 @@ class Directory:
             peer.banned_until = time.monotonic() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
 
     def _prefer(self, numeric_class: str) -> None:
+        if self._numeric_class == MIXED:
+            return  # every step would go back and forth between its classes; that they differ has been said
         if self._numeric_class not in (None, numeric_class):
             logger.warning(
                 "the numeric class of the route changed from %s to %s: results can differ in the last digits", self._numeric_class, numeric_class
