@@ -31,6 +31,7 @@ class _StandardError(logging.Handler):
 
 
 class _OneLine(logging.Formatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+    def formatMessage(self, record: logging.LogRecord) -> str:
         """The record's text; a traceback of ours may follow."""
-        return f"swarmtune: {record.levelname.lower()}: {printable(record.message)}"
+        level = "error" if record.levelno >= logging.ERROR else "warning"  # libraries rename the levels
+        return f"swarmtune: {level}: {printable(record.message)}"

@@ -14,8 +14,6 @@ from swarmtune.types import BlockSpan, gaps
 from swarmtune.wire.messages import ServerInfo
 
 CLOCK_TOLERANCE_S = 3.0
-LATE_RENEWAL_S = 10.0
-"""A busy server renews its record late; its clock is not blamed for that."""
 
 REASONS = (
     ("must look like", "malformed", "copy the address that the server prints when it starts"),
@@ -46,7 +44,7 @@ def judge(found: Survey, wanted: tuple[str, int] | None = None) -> list[Check]:
         own = [server for server in found.servers if server.peer in peers]
         about = f" of {model[:8]}" if len({info.model for info in infos.values()}) > 1 else ""
         needed = wanted is None or (model, num_blocks) == wanted
-        checks += [check_coverage(own, about, needed), check_weights(own, about), check_numeric(own, about)]
+        checks += [check_coverage(own, about, needed), check_weights(own, about, needed), check_numeric(own, about)]
     return [*checks, check_versions(infos), check_announced(found.servers), check_clocks(found.servers), check_speed(found)]
 
 
@@ -66,8 +64,8 @@ def check_silent(found: Survey) -> list[Check]:
     if not found.silent:
         return []
     who = "; ".join(f"{short(peer)}: {reason}" for peer, reason in sorted(found.silent.items())[:4])
-    advice = "they may be training clients, or servers that have just ended or are of another version; if you count on one, start it again"
-    return [Check("silent peers", Status.WARNING, f"{len(found.silent)} of the swarm did not describe themselves ({who})", advice)]
+    advice = "servers of another model, whose address only a look-up with --model finds (or give it with --peer), or servers that have just ended"
+    return [Check("silent peers", Status.WARNING, f"{len(found.silent)} peers of the swarm do not describe themselves ({who})", advice)]
 
 
 def check_models(infos: dict[str, ServerInfo], wanted: tuple[str, int] | None) -> Check:
@@ -119,12 +117,13 @@ def check_coverage(servers: Sequence[Server], about: str, needed: bool) -> Check
     )
 
 
-def check_weights(servers: Sequence[Server], about: str) -> Check:
+def check_weights(servers: Sequence[Server], about: str, needed: bool) -> Check:
     """Whether all servers of a block hold the same weights."""
     clashes = clashes_sentence({server.peer: server.info for server in servers})
     if clashes:
         found = f"different weights under one configuration: {clashes}"
-        return Check(f"weights{about}", Status.FAILED, found, "a run refuses this swarm: stop the servers that hold the wrong checkpoint")
+        status = Status.FAILED if needed else Status.WARNING
+        return Check(f"weights{about}", status, found, "a run refuses this swarm: stop the servers that hold the wrong checkpoint")
     return Check(f"weights{about}", Status.OK, "servers that share blocks hold the same weights")
 
 
@@ -154,7 +153,7 @@ def check_versions(infos: dict[str, ServerInfo]) -> Check:
 
 def check_announced(servers: Sequence[Server]) -> Check:
     """Whether the servers can be found by clients that know another one."""
-    missing = [label(server.peer, server.info) for server in servers if server.expires_in_s is None]
+    missing = [label(server.peer, server.info) for server in servers if not server.announced]
     if missing:
         advice = (
             f"wait {RENEW_EVERY_S:.0f} s and ask again; if it stays so, start the server with initial_peers of this swarm, "
@@ -164,28 +163,18 @@ def check_announced(servers: Sequence[Server]) -> Check:
     return Check("announcements", Status.OK, f"all {len(servers)} servers are announced in the DHT")
 
 
-def skew_s(expires_in_s: float) -> tuple[float, float]:
-    """Bounds of how far a server's clock is ahead of ours.
-
-    A record lives ``LIFETIME_S`` from when it was made and is renewed every ``RENEW_EVERY_S``, so its age is known only to that much.
-    """
-    return expires_in_s - LIFETIME_S, expires_in_s - LIFETIME_S + RENEW_EVERY_S
-
-
 def check_clocks(servers: Sequence[Server]) -> Check:
-    """Whether clocks agree, as coarsely as the announcements tell."""
-    known = [(server, *skew_s(server.expires_in_s)) for server in servers if server.expires_in_s is not None]
+    """Whether the servers' clocks agree with ours; announcements are stored and believed by the clock."""
+    known = [(server, server.ahead_s, server.ahead_error_s) for server in servers if server.ahead_s is not None and server.ahead_error_s is not None]
     if not known:
-        return Check("clocks", Status.WARNING, "no announcement tells the time of a server", "compare the clocks by hand")
-    ahead = [f"{label(s.peer, s.info)} by {low:.0f} to {high:.0f} s" for s, low, high in known if low > CLOCK_TOLERANCE_S]
-    behind = [f"{label(s.peer, s.info)} by {-high:.0f} to {-low:.0f} s" for s, low, high in known if high < -LATE_RENEWAL_S]
-    advice = "set the clocks of both machines with NTP: announcements are stored and believed by the clock"
-    if ahead or behind:
-        parts = [f"{listed(names)} {word} of this clock" for names, word in ((ahead, "ahead"), (behind, "behind")) if names]
-        return Check("clocks", Status.WARNING, "; ".join(parts).replace("behind of", "behind"), advice)
-    return Check(
-        "clocks", Status.OK, f"no server's clock is visibly off (to about {RENEW_EVERY_S:.0f} s: it is estimated from when announcements expire)"
-    )
+        return Check("clocks", Status.WARNING, "no server tells its time", "compare the clocks by hand")
+    off = [(server, ahead) for server, ahead, error in known if abs(ahead) - error > CLOCK_TOLERANCE_S]
+    if off:
+        who = listed(f"{label(server.peer, server.info)} is {abs(ahead):,.1f} s {'ahead' if ahead > 0 else 'behind'}" for server, ahead in off)
+        advice = f"set the clocks with NTP: a record lives {LIFETIME_S:.0f} s, so a clock that is off hides servers or keeps dead ones"
+        return Check("clocks", Status.WARNING, f"against this machine's clock, {who}", advice)
+    worst = max(abs(ahead) + error for _, ahead, error in known)
+    return Check("clocks", Status.OK, f"{len(known)} of {len(servers)} servers tell their time; it agrees with ours to {max(worst, 0.01):.2f} s")
 
 
 def check_speed(found: Survey) -> Check:

@@ -39,7 +39,9 @@ class Server:
 
     Attributes:
         address: where it was reached, or where it says that it is.
-        expires_in_s: how long its announcement in the DHT still lives by our clock; ``None`` where it was not found there.
+        announced: whether its announcement was found in the DHT.
+        ahead_s: by how much its clock is ahead of ours, by its word.
+        ahead_error_s: how far that can be off.
         latency_s: median round trip of a small call.
         up_bytes_s: bytes per second that it took from us, the round trip included: no more than the line can do.
         down_bytes_s: bytes per second of an answer, with sending the same amount and computing one block included: a lower bound.
@@ -48,7 +50,9 @@ class Server:
     peer: str
     address: str
     info: ServerInfo
-    expires_in_s: float | None = None
+    announced: bool = False
+    ahead_s: float | None = None
+    ahead_error_s: float | None = None
     latency_s: float | None = None
     up_bytes_s: float | None = None
     down_bytes_s: float | None = None
@@ -80,7 +84,7 @@ class _Found:
     infos: dict[str, ServerInfo] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     announcements: dict[str, Announcement] = field(default_factory=dict)
-    seen_at: dict[str, float] = field(default_factory=dict)
+    clocks: dict[str, tuple[float, float]] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     silent: dict[str, str] = field(default_factory=dict)
 
@@ -154,9 +158,16 @@ async def _explore(node: HivemindNode, directory: DirectoryNode, model: str | No
             looked_up.add(digest)
             for announcement in await directory.find(digest):
                 found.announcements[announcement.peer] = announcement
-                found.seen_at[announcement.peer] = time.time()
         await asyncio.gather(*(_reach(node, announcement, found) for announcement in found.announcements.values()))
         await _describe(node, found.announcements, found)
+    await asyncio.gather(*(_compare_clocks(directory, peer, found) for peer in found.infos))
+
+
+async def _compare_clocks(directory: DirectoryNode, peer: str, found: _Found) -> None:
+    try:
+        found.clocks[peer] = await directory.clock_ahead(peer)
+    except TransportError:
+        return  # it is among those whose clock is not known
 
 
 async def _reach(node: HivemindNode, announcement: Announcement, found: _Found) -> None:
@@ -204,9 +215,8 @@ def _servers(found: _Found) -> list[Server]:
     servers = []
     for peer, info in found.infos.items():
         announcement = found.announcements.get(peer)
-        own = announcement.addresses[0] if announcement else "unknown"
-        expires_in_s = announcement.expires_at - found.seen_at[peer] if announcement else None
-        servers.append(Server(peer, found.addresses.get(peer, own).partition("/p2p/")[0], info, expires_in_s))
+        address = found.addresses.get(peer) or (announcement.addresses[0] if announcement else "unknown")
+        servers.append(Server(peer, address.partition("/p2p/")[0], info, announcement is not None, *found.clocks.get(peer, (None, None))))
     return sorted(servers, key=lambda server: (server.info.model, server.info.span, server.peer))
 
 
