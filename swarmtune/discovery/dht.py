@@ -35,7 +35,6 @@ START_TIMEOUT_S = 15.0
 PUBLISH_TIMEOUT_S = 15.0
 PING_TIMEOUT_S = 4.0
 CLOSE_TIMEOUT_S = 2.0
-MAX_MET = 64
 _FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError, RuntimeError)
 
 
@@ -177,14 +176,6 @@ class DirectoryNode:
             except (WireError, TypeError) as error:
                 logger.debug("ignored a DHT record: %s", error)
         return [announcement for announcement in announcements if announcement.expires_at > get_dht_time()]
-
-    async def meet(self) -> set[str]:
-        """Peers of the DHT. Which of them can be dialled, and what they serve, is not known here."""
-        assert self._node is not None, "meet before start"
-        query = DHTID.generate()
-        async with _deadline("meet its peers", FIND_TIMEOUT_S):
-            found = await self._node.find_nearest_nodes([query], k_nearest=MAX_MET, beam_size=MAX_MET, exclude_self=True)
-        return {peer.to_base58() for peer in found[query].values()}
 
     async def clock_ahead(self, peer: str) -> tuple[float, float]:
         """Seconds by which a peer's clock is ahead of ours, by its word, and how far that can be off: half a round trip."""

@@ -64,7 +64,7 @@ def check_silent(found: Survey) -> list[Check]:
     if not found.silent:
         return []
     who = "; ".join(f"{short(peer)}: {reason}" for peer, reason in sorted(found.silent.items())[:4])
-    advice = "servers of another model, whose address only a look-up with --model finds (or give it with --peer), or servers that have just ended"
+    advice = "they may have just ended, or be busy, or of another version: ask again; if you count on one, start it again"
     return [Check("silent peers", Status.WARNING, f"{len(found.silent)} peers of the swarm do not describe themselves ({who})", advice)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -77,7 +78,7 @@ def show(report: Report) -> None:
 
 
 def _server_table(servers: Sequence[Server]) -> Table:
-    table = Table(caption_justify="left", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, caption_justify="left", pad_edge=False)
     for heading in ("server", "address", "blocks", "model", "computes in", "class", "version", "says tok/s", "latency", "up", "down"):
         table.add_column(heading, overflow="fold")
     for server in servers:

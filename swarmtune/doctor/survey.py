@@ -150,9 +150,12 @@ async def _dial(node: HivemindNode, addresses: Sequence[str], found: _Found) -> 
 
 
 async def _explore(node: HivemindNode, directory: DirectoryNode, model: str | None, found: _Found) -> None:
-    """Ask who is there, look up what they hold in the DHT, ask whom that names: until nothing new comes up."""
+    """Ask who is there, look up what they hold in the DHT, ask whom that names: until nothing new comes up.
+
+    The DHT is asked by model, so servers of a model that nobody has named stay unknown.
+    """
     looked_up: set[str] = set()
-    await _describe(node, {*found.addresses, *await directory.meet()} - {node.peer_id}, found)
+    await _describe(node, found.addresses, found)
     while models := ({info.model for info in found.infos.values()} | ({model} if model else set())) - looked_up:
         for digest in sorted(models):
             looked_up.add(digest)
