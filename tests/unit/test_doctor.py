@@ -20,6 +20,7 @@ from swarmtune.doctor.check import Check, Status
 from swarmtune.doctor.daemon import check_daemon
 from swarmtune.doctor.survey import Server, Survey, survey
 from swarmtune.errors import UsageError
+from swarmtune.transport.hivemind import _brief
 from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import ServerInfo
 
@@ -133,6 +134,14 @@ def test_peers_that_cannot_be_dialled_are_told_apart() -> None:
     assert sum("malformed" in text for text in texts) == 2
     assert "no server describes itself" in texts
     assert "\x1b" not in "".join(texts)
+
+
+def test_a_refusal_speaks_of_the_address_that_was_dialled() -> None:
+    """The daemon lists every address that it knows of the peer, in any order."""
+    lines = ["[/ip4/127.0.0.1/tcp/1] dial backoff", "[/ip4/127.0.0.1/tcp/2] connection refused", "[/ip4/127.0.0.1/tcp/22] peer id mismatch"]
+    error = OSError("failed to dial: all dials failed\n" + "\n".join(f"  * {line}" for line in lines))
+    assert _brief(error, "/ip4/127.0.0.1/tcp/2") == "connection refused"
+    assert _brief(error, "/dns4/unknown/tcp/2") == _brief(error) == "peer id mismatch"
 
 
 @pytest.mark.parametrize(
