@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from swarmtune.discovery.dht import DirectoryNode
-from swarmtune.discovery.records import Announcement, peer_of
+from swarmtune.discovery.records import LIFETIME_S, RENEW_EVERY_S, Announcement, peer_of
 from swarmtune.transport.base import TransportError
 from swarmtune.transport.hivemind import HivemindNode
 from swarmtune.wire.messages import ServerInfo
 
 logger = logging.getLogger(__name__)
 
-LIFETIME_S = 30.0
-RENEW_EVERY_S = 10.0
 GREET_EVERY_S = 1.0
 EAGER_S = 60.0
 

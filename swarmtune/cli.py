@@ -24,6 +24,7 @@ swarmtune: fine-tune a model whose frozen body runs on a swarm of servers; all t
   swarmtune recipe=NAME [key=value ...]   train
   swarmtune -m recipe=NAME key=a,b ...    train once for every combination of values, over one swarm; a table at the end
   swarmtune serve [key=value ...]         serve some blocks of a model to others
+  swarmtune doctor [--peer ADDRESS ...]   check this machine, or a swarm, and say what to do
   swarmtune --help | --version
 
 Recipes: {recipes}
@@ -44,7 +45,7 @@ Often changed:
 Example:
   swarmtune recipe=lora_bloom data=notes.jsonl trainer.max_steps=500
 """
-VERBS = ("serve",)
+VERBS = ("serve", "doctor")
 WRONG_INPUT = (UsageError, NonFinite, PeersUnreachable, BlocksUnserved, SwarmMismatch)
 """What the user can mend by giving something else; the rest is the swarm's failure."""
 
@@ -82,6 +83,12 @@ def _dispatch(words: list[str], started: float) -> int:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
     if words[0] in ("-m", "--multirun"):
         return _sweep(words[1:], started)
+    if words[0] == "doctor":
+        from swarmtune.doctor.command import main as doctor
+        from swarmtune.notices import show_warnings
+
+        show_warnings()
+        return doctor(words[1:])
     if words[0].startswith("-"):
         raise UsageError(f"there is no option {words[0]}; swarmtune --help lists what there is")
     if "=" not in words[0] and words[0][0] not in "+~":
@@ -122,9 +129,13 @@ def _sweep(words: list[str], started: float) -> int:
 
 
 def _quieten() -> None:
-    """Keep other libraries' tips and notices, which nobody can act on, out of a run's output; their other warnings stay."""
+    """Keep other libraries' tips and notices, which nobody can act on, out of a run's output; our own warnings, and their others, are shown."""
     import logging
     import warnings
+
+    from swarmtune.notices import show_warnings
+
+    show_warnings()
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from swarmtune.errors import BlocksUnserved, PeersUnreachable, SwarmMismatch, UsageError, WireError
+from swarmtune.remote.census import label
 from swarmtune.remote.chain import Chain, ChainSettings, ServerTotals
 from swarmtune.remote.route import Directory, Discovery
 from swarmtune.transport.base import Traffic, Transport, TransportError
@@ -128,9 +129,11 @@ class Swarm:
                         raise
                     raise PeersUnreachable(f"the peers did not answer within {self.settings.patience_s:.0f} s") from error
             await asyncio.sleep(RETRY_EVERY_S)
-        dtypes = sorted({directory.known[hop.peer].info.dtype for hop in hops})
+        infos = {hop.peer: directory.known[hop.peer].info for hop in hops}
+        dtypes = sorted({info.dtype for info in infos.values()})
         if len(dtypes) > 1:
-            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(dtypes)}: start them with one dtype")
+            who = "; ".join(f"{label(peer, info)} in {info.dtype}" for peer, info in infos.items())
+            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(dtypes)} ({who}): start them with one dtype")
         task = asyncio.create_task(self._keep_fresh(directory))
         self._tasks.add(task)
         return OpenModel(Chain(self._transport, directory, self.settings), directory, dtypes[0])
@@ -152,13 +155,15 @@ class HivemindDiscovery:
         self._node, self._directory = node, directory
         self._initial = {address: None for address in initial_peers}
         self._dialled: dict[str, tuple[str, ...]] = {}
+        self.refusals: dict[str, str] = {}
 
     async def dial_initial(self) -> set[str]:
-        """Reach for all initial peers at once; returns those that answered."""
+        """Reach for all initial peers at once; returns those that answered, and keeps in ``refusals`` why the others could not be reached."""
         answers = await asyncio.gather(*(self._node.connect(address) for address in self._initial), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, TransportError):
                 raise answer
+        self.refusals = {address: str(answer) for address, answer in zip(self._initial, answers, strict=True) if isinstance(answer, TransportError)}
         return {answer for answer in answers if isinstance(answer, str)}
 
     async def peers(self, model: str) -> set[str]:
@@ -266,10 +271,12 @@ class HivemindLoop(LoopThread):
                 while not (reached := await discovery.dial_initial()):
                     await asyncio.sleep(RETRY_EVERY_S)
         except TimeoutError as error:
-            raise PeersUnreachable(f"none of the initial peers answered within {patience_s:.0f} s: {', '.join(addresses)}") from error
-        for address in addresses:
+            raise PeersUnreachable(
+                f"none of the initial peers answered within {patience_s:.0f} s: {', '.join(addresses)}; swarmtune doctor --peer ADDRESS says why"
+            ) from error
+        for address, refusal in discovery.refusals.items():
             if peer_of(address) not in reached:
-                logger.warning("the initial peer %s cannot be reached; going on without it", address)
+                logger.warning("an initial peer is left out, the run goes on without it: %s", refusal)
         await self._directory.start(self._node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
         return self._node, discovery
 

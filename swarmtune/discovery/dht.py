@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,6 +17,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
+from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import get_dht_time
 
@@ -31,6 +33,7 @@ MAX_ENTRIES = 4096
 FIND_TIMEOUT_S = 8.0
 START_TIMEOUT_S = 15.0
 PUBLISH_TIMEOUT_S = 15.0
+PING_TIMEOUT_S = 4.0
 CLOSE_TIMEOUT_S = 2.0
 _FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError, RuntimeError)
 
@@ -173,6 +176,18 @@ class DirectoryNode:
             except (WireError, TypeError) as error:
                 logger.debug("ignored a DHT record: %s", error)
         return [announcement for announcement in announcements if announcement.expires_at > get_dht_time()]
+
+    async def clock_ahead(self, peer: str) -> tuple[float, float]:
+        """Seconds by which a peer's clock is ahead of ours, by its word, and how far that can be off: half a round trip."""
+        assert self._node is not None, "clock_ahead before start"
+        request = dht_pb2.PingRequest(peer=self._node.protocol.node_info)
+        async with _deadline("ask a peer for its time", PING_TIMEOUT_S):
+            began, began_at = time.monotonic(), get_dht_time()
+            response = await self._node.protocol.get_stub(PeerID.from_base58(peer)).rpc_ping(request, timeout=PING_TIMEOUT_S)
+            half_s = (time.monotonic() - began) / 2
+        if not response.dht_time or not math.isfinite(response.dht_time):
+            raise TransportError(f"peer {peer} does not tell its time")
+        return response.dht_time - began_at - half_s, half_s
 
     async def close(self) -> None:
         """Leave the DHT."""

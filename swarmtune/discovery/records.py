@@ -13,6 +13,8 @@ from swarmtune.wire.messages import ServerInfo
 
 SIGNATURE_BYTES = 64
 MAX_RECORD_BYTES = 1 << 16
+LIFETIME_S = 30.0
+RENEW_EVERY_S = 10.0
 MAX_LIFETIME_S = 300.0
 CLOCK_SKEW_S = 30.0
 _ADDRESS = re.compile(r"/(ip4|ip6|dns4|dns6|dns)/[A-Za-z0-9.:_-]{1,253}/(tcp|udp)/\d{1,5}(/quic-v1)?/p2p/[A-Za-z0-9]{20,64}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swarmtune.errors import BlocksUnserved, SwarmMismatch, WireError
+from swarmtune.remote.census import clashes_sentence, label, models_sentence, numeric_sentence
 from swarmtune.transport.base import Transport, TransportError
 from swarmtune.types import BlockSpan, gaps
 from swarmtune.wire.codec import Message, decode, encode
@@ -21,6 +22,8 @@ INFO_TIMEOUT_S = 5.0
 FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
 HOP_COST_S = 1e-3
 SMOOTHING = 0.3
+MIXED = "mixed"
+"""Stands for the numeric class of a route that needs servers of several."""
 
 
 class Discovery(Protocol):
@@ -70,7 +73,9 @@ class Directory:
         self._transport, self._discovery = transport, discovery
         self.model, self.num_blocks = model, num_blocks
         self.known: dict[str, Peer] = {}
-        self._others: dict[str, str] = {}
+        self._others: dict[str, ServerInfo] = {}
+        self._left_out: dict[str, ServerInfo] = {}
+        self._told_classes = False
         self._agreed: dict[int, str] = {}
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
@@ -97,6 +102,7 @@ class Directory:
             for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
                 self._learn(name, answer)
             self._check_weights()
+            self._tell_classes()
 
     def route(self, start: int, stop: int, tokens: int = 0) -> list[Hop]:
         """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible.
@@ -120,9 +126,8 @@ class Directory:
                 self._prefer(numeric_class)
                 return hops
         hops = _cheapest(candidates, start, stop, tokens)
-        if hops is not None and self._numeric_class != "mixed":
-            self._numeric_class = "mixed"
-            logger.warning("the servers compute in different numeric classes: results can differ from a quiet run in the last digits")
+        if hops is not None:
+            self._prefer(MIXED)
         return hops
 
     def succeeded(self, hop: Hop, seconds: float, tokens: int) -> None:
@@ -141,6 +146,8 @@ class Directory:
             peer.banned_until = time.monotonic() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
 
     def _prefer(self, numeric_class: str) -> None:
+        if self._numeric_class == MIXED:
+            return  # every step would go back and forth between its classes; that they differ has been said
         if self._numeric_class not in (None, numeric_class):
             logger.warning(
                 "the numeric class of the route changed from %s to %s: results can differ in the last digits", self._numeric_class, numeric_class
@@ -160,6 +167,7 @@ class Directory:
             return str(error)
 
     def _learn(self, name: str, answer: tuple[ServerInfo, float] | str) -> None:
+        self._others.pop(name, None)
         if isinstance(answer, str):
             logger.debug("peer %s did not describe itself: %s", name, answer)
             self.known.pop(name, None)
@@ -167,7 +175,7 @@ class Directory:
         info, rtt_s = answer
         if info.model != self.model or info.num_blocks != self.num_blocks:
             self.known.pop(name, None)
-            self._others[name] = f"model {info.model} with {info.num_blocks} blocks"
+            self._others[name] = info
             return
         peer = self.known.get(name)
         if peer is None:
@@ -176,23 +184,45 @@ class Directory:
             peer.info, peer.rtt_s = info, rtt_s
             peer.faults //= 2  # it answers again, so it is forgiven step by step
 
+    def _infos(self) -> dict[str, ServerInfo]:
+        return {name: peer.info for name, peer in self.known.items()}
+
     def _check_weights(self) -> None:
         """Servers of one block must hold the same weights. At first nobody knows which are right; later, a server that differs is left out."""
-        agreed, holders = dict(self._agreed), dict.fromkeys(self._agreed, "the servers so far")
+        if not self._agreed and (clashes := clashes_sentence(self._infos())):
+            raise SwarmMismatch(
+                f"servers of model {self.model} hold different weights for {clashes}: stop those with the wrong checkpoint, or connect to a swarm "
+                "without them; swarmtune doctor --peer ADDRESS lists who holds what"
+            )
+        agreed = dict(self._agreed)
         for peer in sorted(self.known.values(), key=lambda peer: peer.name):
             held = dict(enumerate(peer.info.block_digests, peer.info.span.start))
             clash = next((block for block, digest in held.items() if agreed.get(block, digest) != digest), None)
             if clash is None:
                 agreed.update(held)
-                holders.update(dict.fromkeys(held.keys() - holders.keys(), peer.name))
+                self._left_out.pop(peer.name, None)
                 continue
-            sentence = f"servers {holders[clash]} and {peer.name} hold different weights for block {clash}"
-            if not self._agreed:
-                raise SwarmMismatch(f"{sentence}: connect to servers of one model only")
             del self.known[peer.name]
-            self._others[peer.name] = "other weights"
-            logger.warning("%s: leaving out %s", sentence, peer.name)
+            if peer.name not in self._left_out:
+                logger.warning(
+                    "server %s holds other weights for block %d than the servers so far: leaving it out", label(peer.name, peer.info), clash
+                )
+            self._left_out[peer.name] = peer.info
         self._agreed = agreed
+
+    def _tell_classes(self) -> None:
+        """Say once that failover between these servers can change the last digits, and why."""
+        infos = self._infos()
+        count = len({info.numeric_class for info in infos.values()})
+        if count < 2 or self._told_classes:
+            return
+        self._told_classes = True
+        logger.warning(
+            "the servers of this model compute in %d numeric classes (%s): the run goes on, but a call that moves from one class to another can "
+            "differ in the last digits, so a repeated run need not give the same bits; start all servers alike to avoid it",
+            count,
+            numeric_sentence(infos),
+        )
 
     def _unserved(self, start: int, stop: int) -> BlocksUnserved:
         trusted = sorted((peer for peer in self.known.values() if not peer.faults), key=lambda peer: (peer.info.span, peer.name))
@@ -200,8 +230,12 @@ class Directory:
         served = "; ".join(f"{peer.info.span} by {peer.info.name or peer.name}" for peer in trusted)
         detail = f"nobody serves blocks {', '.join(map(str, missing or [BlockSpan(start, stop)]))} of 0:{self.num_blocks}; "
         detail += f"served: {served}" if served else "no server of this model answers"
-        if self._others and not trusted:
-            detail += f" (peers serve {', '.join(sorted(set(self._others.values())))}, this model is {self.model} with {self.num_blocks} blocks)"
+        if self._others:
+            detail += f" (the swarm holds other models: {models_sentence(self._others)}; this model is {self.model} with {self.num_blocks} blocks)"
+        if self._left_out:
+            detail += f" (left out for other weights: {', '.join(sorted(label(name, info) for name, info in self._left_out.items()))})"
+        if self._others or self._left_out:
+            detail += "; swarmtune doctor --peer ADDRESS lists who serves what"
         return BlocksUnserved(detail, tuple(missing))
 
 

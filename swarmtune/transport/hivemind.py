@@ -130,12 +130,13 @@ class HivemindNode:
             TransportError: it cannot be reached.
         """
         peer = peer_of(address)
+        place = address.removesuffix(f"/p2p/{peer}")
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 # The client object is hivemind's own; it has no public way to dial an address after the start.
-                await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(address.removesuffix(f"/p2p/{peer}"))])
+                await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(place)])
         except (TimeoutError, *_FOREIGN) as error:
-            raise TransportError(f"peer {peer} cannot be reached at {address}: {_brief(error)}") from error
+            raise TransportError(f"peer {peer} cannot be reached at {address}: {_brief(error, place)}") from error
         return peer
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
@@ -238,7 +239,8 @@ class HivemindNode:
             return connection
 
 
-def _brief(error: BaseException) -> str:
-    """The last and most telling clause of a daemon's error, on one line."""
-    text = " ".join(str(error).split())
-    return (text.rpartition("] ")[2] or text)[-160:] or "no answer in time"
+def _brief(error: BaseException, place: str = "") -> str:
+    """The most telling clause of a daemon's error, on one line: what it says of ``place`` where it lists several addresses, else the last one."""
+    of_place = str(error).partition(f"[{place}] ")[2].partition("\n")[0] if place else ""
+    text = " ".join(of_place.split() or str(error).split())
+    return (text if of_place else (text.rpartition("] ")[2] or text)[-160:])[:200] or "no answer in time"

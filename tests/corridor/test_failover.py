@@ -98,7 +98,7 @@ def test_gap_says_which_blocks_are_missing_and_who_serves_the_rest(bloom: Path) 
 
 def test_servers_of_another_model_are_named(bloom: Path, models: dict[str, Path]) -> None:
     with loopback(models["llama"], patience_s=0.5) as swarm:
-        with pytest.raises(BlocksUnserved, match="peers serve model"):
+        with pytest.raises(BlocksUnserved, match=r"the swarm holds other models: model \w+ with 4 blocks by server of 0:2 \(peer0\)"):
             remote(bloom, swarm)
 
 
@@ -106,7 +106,7 @@ def test_two_servers_with_different_weights_for_one_block_are_refused(bloom: Pat
     other = save_tiny("bloom", tmp_path / "other", seed=1)
     handlers = {"a": make_handler(bloom, "0:4"), "b": make_handler(other, "0:2")}
     with loopback(bloom, handlers=handlers) as swarm:
-        with pytest.raises(SwarmMismatch, match="different weights for block 0"):
+        with pytest.raises(SwarmMismatch, match=r"different weights for blocks 0:2: server of 0:4 \(a\) against server of 0:2 \(b\): "):
             remote(bloom, swarm)
 
 

@@ -246,6 +246,13 @@ def test_a_draining_server_refuses_work_and_still_describes_itself(handler: Call
         handler.draining = False
 
 
+def test_a_description_is_the_same_with_a_body_that_measures_the_line(handler: CallHandler) -> None:
+    plain, measured = ask(handler, Message("info")), ask(handler, Message("info", {}, {"probe": torch.zeros(1 << 16)}))
+    assert measured.kind == "info"
+    assert measured.fields == plain.fields
+    assert not measured.tensors
+
+
 def test_hostile_calls_leave_no_trace_in_the_bits_of_honest_ones(handler: CallHandler) -> None:
     spec = AdapterSpec.of(LORA)
     honest = call(handler, adapter=spec, kwargs=lora_kwargs(spec.digest), grad_BTH=hidden(), input_grad=True)
