@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
+from swarmtune.own_recipe import load_build
 from swarmtune.schema import Config, ProgressKind, SwarmKind
 from swarmtune.types import BlockSpan, gaps
 
@@ -135,7 +136,7 @@ def _summary(config: Config, module: LightningModule, meter: Meter) -> dict[str,
     traffic = meter.traffic()
     path = resolve_path(config.model.path)
     return {
-        "recipe": config.recipe,
+        "recipe": config.title,
         "model": path,
         "trainable_params": trainable,
         "total_params": count_parameters(path) + trainable,
@@ -173,7 +174,7 @@ def _draw(config: Config, run_dir: Path, meter: Meter) -> str | None:
     from swarmtune.train.plot import draw_loss_curve
 
     path = run_dir / "loss.png"
-    draw_loss_curve(path, meter.train_losses, meter.val_losses, f"{config.recipe} on {Path(resolve_path(config.model.path)).name}")
+    draw_loss_curve(path, meter.train_losses, meter.val_losses, f"{config.title} on {Path(resolve_path(config.model.path)).name}")
     return str(path)
 
 
@@ -293,11 +294,13 @@ def count_parameters(path: str) -> int:
 
 
 def load_recipe(name: str) -> Callable[[Config, swarmtune.Swarm], tuple[LightningModule, LightningDataModule]]:
-    """``recipes/<name>.py: build``.
+    """``recipes/<name>.py: build``, or that of a Python file of the user's own.
 
     Raises:
         UsageError: there is no such file, or it has no ``build``.
     """
+    if name.endswith(".py"):
+        return load_build(Path(name))
     try:
         build = importlib.import_module(f"recipes.{name}").build
     except ModuleNotFoundError as error:
@@ -384,13 +387,13 @@ def _loggers(config: Config, run_dir: Path) -> list[Any]:
 
 
 def make_run_dir(config: Config) -> Path:
-    """The directory of this run, made: ``run_dir`` or ``runs/<recipe>/<time>``.
+    """The directory of this run, made: ``run_dir`` or ``runs/<name>/<time>``.
 
     Raises:
         UsageError: it holds another run already, or cannot be made.
     """
     if config.run_dir is None:
-        base = Path("runs") / config.recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
+        base = Path("runs") / config.title / time.strftime("%Y-%m-%d_%H-%M-%S")
         found = base
         for again in range(2, sys.maxsize):
             if not found.exists():
