@@ -58,8 +58,8 @@ class OwnRecipe:
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
-            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise UsageError(f"{shown}{line}: this is not YAML: {error.problem}") from error
+            place = f"{shown}, line {error.problem_mark.line + 1}" if error.problem_mark else shown
+            raise UsageError(f"{place}: this is not YAML: {error.problem}") from error
         except yaml.YAMLError as error:
             raise UsageError(f"{shown}: this is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(root, yaml.MappingNode):
@@ -172,7 +172,8 @@ def load_build(path: Path) -> Callable[[Any, Any], Any]:
     check_code(path)
     name = f"swarmtune_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # data-loader workers find its classes by this name
     try:

@@ -144,7 +144,7 @@ class PeftAdapter(nn.Module):
         result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
         loaded = {name: parameter for name, parameter in model.named_parameters() if f".{ADAPTER_NAME}" in name}
         own = self._tensors()
-        wrong = [name for name in own if name not in loaded or not torch.equal(loaded[name].detach().to(own[name].dtype), own[name])]
+        wrong = [name for name in own if name not in loaded or not torch.equal(loaded[name].detach(), own[name])]
         if result.unexpected_keys or wrong or set(loaded) != set(own):
             first = (list(result.unexpected_keys) + wrong + sorted(set(loaded) ^ set(own)))[0]
             raise UsageError(f"the exported adapter would not load as it is ({first}): nothing was written")

@@ -169,9 +169,7 @@ def _export_merged(adapter_dir: Path, found: str, model: str, destination: Path,
             shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {Path(model).name} with {found} ({adapter_dir}) merged in to {destination}, {tokenizer}")
     advice = "" if rounding <= change / 10 else "; --dtype float32 would keep more of it" if dtype != "float32" else ""
-    print(
-        f"loaded again and equal; the adapter changes logits by up to {change:.1e} of the largest, and merging rounds that by up to {rounding:.1e}{advice}"
-    )
+    print(f"loaded again and equal; the adapter changes logits by up to {change:.1e} of the largest, merging rounds by up to {rounding:.1e}{advice}")
 
 
 def _merge(adapter_dir: Path, model: str, target: Path, dtype: str) -> tuple[float, float, str]:

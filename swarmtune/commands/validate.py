@@ -63,12 +63,13 @@ def check(config: Config) -> str:
     adapter = load_adapter(model_config, chosen, path) if isinstance(chosen, str) else PeftAdapter(model_config, chosen, path)
     try_trainer(config.trainer)
     load_recipe(config.recipe)
+    kind = getattr(adapter.config.peft_type, "value", adapter.config.peft_type)
     learn = sum(parameter.numel() for parameter in adapter.parameters())
     servers = (
         f"{len(spans)} server{'s' if len(spans) != 1 else ''} of blocks {', '.join(spans)} on this machine" if spans else "the swarm that it joins"
     )
     return (
-        f"{config.title} would train {str(getattr(adapter.config.peft_type, 'value', adapter.config.peft_type))} "
+        f"{config.title} would train {kind} "
         f"({learn:,} of {count_parameters(path) + learn:,} parameters) on {Path(path).name}, {_length(config.trainer)}, with {servers}"
     )
 

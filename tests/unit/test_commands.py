@@ -299,17 +299,18 @@ def test_a_merged_model_computes_what_model_and_adapter_do(trained: Path, bloom:
     assert [path.name for path in here.iterdir()] == ["out"]
 
 
-def test_a_merge_that_does_not_keep_what_the_model_computes_writes_nothing(
-    trained: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("call", "sentence"), [(3, "merging changes logits by"), (4, "the merged model would not load as it is")])
+def test_a_merged_model_that_computes_something_else_is_not_written(
+    call: int, sentence: str, trained: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe, calls = export._probe, []
 
     def drifting(model: torch.nn.Module) -> torch.Tensor:
         calls.append(1)
-        return probe(model) * len(calls)
+        return probe(model) * (1.5 if len(calls) == call else 1)
 
     monkeypatch.setattr(export, "_probe", drifting)
-    with pytest.raises(UsageError, match="merging changes logits by .* nothing was written"):
+    with pytest.raises(UsageError, match=rf"{sentence}.* nothing was written"):
         export.main([str(trained), "out", "--merge"])
     assert list(here.iterdir()) == []
 

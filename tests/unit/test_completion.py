@@ -171,7 +171,8 @@ def in_shell(words: list[str], environment: dict[str, str]) -> list[str]:
     ],
 )
 def test_the_function_in_a_real_bash(line: str, replies: list[str], shell: dict[str, str]) -> None:
-    code = 'set -u; source .hidden/script.bash; COMP_LINE=$1; COMP_POINT=${#1}; _swarmtune swarmtune; printf "%s\\n" "${COMPREPLY[@]-}"; complete -p swarmtune'
+    code = 'set -u; source .hidden/script.bash; COMP_LINE=$1; COMP_POINT=${#1}; _swarmtune swarmtune; printf "%s\\n" "${COMPREPLY[@]-}";'
+    code += " complete -p swarmtune"
     *found, registered = in_shell(["bash", "--norc", "-c", code, "bash", line], shell)
     assert found == (replies or [""])
     assert registered == "complete -o nospace -F _swarmtune swarmtune"
@@ -194,7 +195,8 @@ def test_the_function_in_a_real_zsh(shell: dict[str, str]) -> None:
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_the_completions_of_a_real_fish(shell: dict[str, str]) -> None:
-    code = "source .hidden/script.fish; complete -C 'swarmtune ls ad'; complete -C 'swarmtune recipe=x data=my\\\\ r'; complete -C 'swarmtune recipe=x swarm='"
+    lines = ("swarmtune ls ad", "swarmtune recipe=x data=my\\\\ r", "swarmtune recipe=x swarm=")
+    code = "source .hidden/script.fish; " + "; ".join(f"complete -C '{line}'" for line in lines)
     assert in_shell(["fish", "--no-config", "-c", code], shell) == ["adapter", "data=my runs/", "swarm=join", "swarm=local"]
 
 

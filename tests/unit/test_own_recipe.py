@@ -74,7 +74,7 @@ SENTENCES = {
     "recipe: lora_bloom\na: [1\nb: 2\n": "mine.yaml, line 3: this is not YAML: ",
     "recipe: lora_bloom\nseed: ${nope}\n": "mine.yaml, line 2: Interpolation key 'nope' not found",
     "defaults:\n  - override /modl: pocket_bloom\nrecipe: lora_bloom\n": "mine.yaml, line 2: Could not override 'modl'",
-    "defaults:\n  - override /model: pocket_blom\nrecipe: lora_bloom\n": "mine.yaml, line 2: there is no model 'pocket_blom'; there are: pocket_bloom; did",
+    "defaults:\n  - override /model: pocket_blom\nrecipe: lora_bloom\n": "mine.yaml, line 2: there is no model 'pocket_blom'; there are: pocket",
     "defaults:\n  - lora_blom\n": "mine.yaml, line 2: there is no recipe 'lora_blom'",
     "recipe: lora_blom\n": "mine.yaml, line 1: there is no recipe 'lora_blom'; there are: lora_bloom; a file of your own ends in .py",
     "recipe: gone.py\n": "mine.yaml, line 1: there is no file ",
@@ -156,7 +156,7 @@ def test_a_build_in_any_form_is_seen(code: str, tmp_path: Path) -> None:
 def test_what_build_returns_is_checked_before_training(tmp_path: Path) -> None:
     path = tmp_path / "code.py"
     path.write_text(CODE)
-    with pytest.raises(UsageError, match="must keep the model of swarmtune.load_causal_lm"):
+    with pytest.raises(UsageError, match=r"must keep the model of swarmtune\.load_causal_lm"):
         load_build(path)(1, 2)
     path.write_text("def build(config, swarm):\n    pass\n")
     with pytest.raises(UsageError, match="must return a LightningModule and a LightningDataModule, got NoneType"):
