@@ -12,7 +12,7 @@ from servers.span import Span
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Encoded, Incoming
-from swarmtune.wire.messages import CallKind, Fault, FaultCode, ServerInfo, SpanCall, SpanResult
+from swarmtune.wire.messages import CallKind, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 
@@ -88,17 +88,17 @@ class CallHandler:
         backward = call.grad_BTH is not None
         run = self._span.backward if backward else self._span.forward
         priority = BACKWARD_PRIORITY if backward else FORWARD_PRIORITY
-        result = await self._executor.submit(self._timed(run, call), priority=priority, timeout_s=call.remaining_ms / 1000)
+        result = await self._executor.submit(self._timed(run, call, time.perf_counter()), priority=priority, timeout_s=call.remaining_ms / 1000)
         self.calls += 1
         return result.to_message()
 
-    def _timed(self, run: Callable[[SpanCall], SpanResult], call: SpanCall) -> Callable[[], SpanResult]:
+    def _timed(self, run: Callable[[SpanCall], SpanResult], call: SpanCall, arrived: float) -> Callable[[], SpanResult]:
         def job() -> SpanResult:
             began = time.perf_counter()
             result = run(call)
-            work = call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1] * len(call.span)
-            rate = work / max(time.perf_counter() - began, 1e-6)
+            seconds = time.perf_counter() - began
+            rate = call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1] * len(call.span) / max(seconds, 1e-6)
             self._rate_tok_s = rate if not self._rate_tok_s else 0.8 * self._rate_tok_s + 0.2 * rate
-            return result
+            return replace(result, times=ServerTimes(round((began - arrived) * 1e6), round(seconds * 1e6)))
 
         return job

@@ -13,25 +13,26 @@ import json
 import math
 import os
 import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
-from swarmtune.errors import UsageError
+from swarmtune.errors import SwarmtuneError, UsageError
+from swarmtune.files import write_json
 from swarmtune.own_recipe import load_build
-from swarmtune.schema import Config, ProgressKind, SwarmKind
+from swarmtune.schema import Config, ProgressKind, Source, SwarmKind
+from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, CONFIG, FACTS, SUMMARY, locked, new_run_dir, read_facts
 from swarmtune.types import BlockSpan, gaps
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
     from swarmtune.train.callbacks import Meter
+    from swarmtune.train.checkpoint import SavedState
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Where a config.json says how many blocks the model has."""
@@ -58,12 +59,17 @@ PLAIN_FLAGS = frozenset(
 """Trainer flags whose values are checked without asking Lightning, which takes seconds to import."""
 
 
-def train(config: Config, started: float | None = None) -> dict[str, Any]:
+def train(
+    config: Config, started: float | None = None, *, resume: Path | None = None, peers: Sequence[str] | None = None, group: str | None = None
+) -> dict[str, Any]:
     """Run a recipe from start to end.
 
     Args:
         config: a checked configuration, from ``swarmtune.config.load_config``.
         started: ``time.monotonic()`` at which the user began to wait; now, if not given.
+        resume: directory of an interrupted run of this configuration, to go on with.
+        peers: addresses of servers that are up already, instead of starting or joining what the config says.
+        group: of this run in W&B, unless the config names one.
 
     Returns:
         What ``summary.json`` in the run directory holds.
@@ -72,17 +78,29 @@ def train(config: Config, started: float | None = None) -> dict[str, Any]:
         UsageError: something the user gave is wrong.
         SwarmError: the swarm cannot do what was asked.
         NonFinite: the loss or a gradient became NaN or infinite.
-        KeyboardInterrupt: Ctrl-C; its argument says where the adapter so far was saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; its argument says how to go on.
     """
     started = time.monotonic() if started is None else started
-    spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL else []
+    spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL and peers is None else []
+    check_trainer(config)
+    check_data(config)
+    run_dir = new_run_dir(config.run_dir, config.title) if resume is None else resume
+    with locked(run_dir), ExitStack() as stack:
+        if resume is None:
+            save_yaml(config, run_dir / CONFIG)
+        found = (lambda: list(peers)) if peers is not None else stack.enter_context(initial_peers(config, spans, run_dir / "servers"))
+        swarm = stack.enter_context(_connect(config, found()))
+        return _Run(config, run_dir, swarm, started, resume is not None, group or config.title).run()
+
+
+def check_trainer(config: Config) -> None:
+    """Let Lightning check unusual flags before anything starts.
+
+    Raises:
+        UsageError: what it says.
+    """
     if config.trainer.keys() - PLAIN_FLAGS or config.trainer.get("precision") != "32-true" or config.trainer.get("accelerator") != "auto":
         try_trainer(config.trainer)
-    run_dir = make_run_dir(config)
-    save_yaml(config, run_dir / "config.yaml")
-    with ExitStack() as stack:
-        peers = stack.enter_context(_initial_peers(config, spans, run_dir))
-        return _fit(config, run_dir, stack.enter_context(_connect(config, peers())), started)
 
 
 def _connect(config: Config, peers: list[str]) -> swarmtune.Swarm:
@@ -96,56 +114,170 @@ def _connect(config: Config, peers: list[str]) -> swarmtune.Swarm:
     )
 
 
-def _fit(config: Config, run_dir: Path, swarm: swarmtune.Swarm, started: float) -> dict[str, Any]:
-    """Build, validate, fit, validate, export; the swarm is up."""
-    from lightning import seed_everything
+class _Run:
+    """One run whose swarm is up: build, validate, fit, validate, export."""
 
-    from swarmtune.train.callbacks import Meter
+    def __init__(self, config: Config, run_dir: Path, swarm: swarmtune.Swarm, started: float, resumed: bool, group: str) -> None:
+        from swarmtune.train.callbacks import Meter
 
-    seed_everything(config.seed, workers=True, verbose=False)
-    module, data = load_recipe(config.recipe)(config, swarm)
-    meter = Meter(swarm.traffic, started)
-    trainer = build_trainer(config, run_dir, meter)
-    _say(config, f"ready after {time.monotonic() - started:.0f} s; {trainable_parameters(module):,} parameters learn")
-    with _interruptible(trainer, module, run_dir):
-        before = _validate(trainer, module, data, meter)
-        trainer.fit(module, datamodule=data)
-        steps = trainer.global_step
-        after = meter.val_losses[-1][1] if meter.val_losses and meter.val_losses[-1][0] == steps > 0 else _validate(trainer, module, data, meter)
+        self.config, self.run_dir, self.swarm, self.started = config, run_dir, swarm, started
+        self.resumed, self.group = resumed, group
+        self.meter = Meter(swarm.traffic, started)
 
-    adapter_dir = run_dir / "adapter"
-    _adapter(module).save_pretrained(adapter_dir)
-    summary = _summary(config, module, meter) | {
-        "val_loss_before": before,
-        "val_loss_after": after,
-        "val_ppl_before": _finite_exp(before),
-        "val_ppl_after": _finite_exp(after),
-        "steps": steps,
-        "adapter_dir": str(adapter_dir),
-        "run_dir": str(run_dir),
-        "loss_curve": _draw(config, run_dir, meter),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    write_json(run_dir / "summary.json", summary)
-    return summary
+    def run(self) -> dict[str, Any]:
+        """From start to end; see ``train``."""
+        from lightning import seed_everything
 
+        from swarmtune.train.checkpoint import newest_checkpoint
+        from swarmtune.train.loggers import finish, publish
 
-def _summary(config: Config, module: LightningModule, meter: Meter) -> dict[str, Any]:
-    """What was trained, and what it took."""
-    trainable = trainable_parameters(module)
-    traffic = meter.traffic()
-    path = resolve_path(config.model.path)
-    return {
-        "recipe": config.title,
-        "model": path,
-        "trainable_params": trainable,
-        "total_params": count_parameters(path) + trainable,
-        "tokens_per_s": round(meter.tokens_per_s, 1),
-        "seconds_to_first_step": None if meter.first_step_s is None else round(meter.first_step_s, 3),
-        "bytes_up": traffic.bytes_up,
-        "bytes_down": traffic.bytes_down,
-        "retries": traffic.retries,
-    }
+        seed_everything(self.config.seed, workers=True, verbose=False)
+        module, data = load_recipe(self.config.recipe)(self.config, self.swarm)
+        saved = newest_checkpoint(self.run_dir / CHECKPOINTS) if self.resumed else None
+        if self.resumed:
+            _say(
+                self.config,
+                f"going on with {self.run_dir} " + (f"after step {saved.step}" if saved else "from its start: it has no whole checkpoint"),
+            )
+        loggers = self._loggers(saved.step if saved else 0)
+        code = 1
+        try:
+            trainer = build_trainer(self.config, self.run_dir, self.meter, loggers, self._facts(data))
+            waited_s = time.monotonic() - self.started
+            _say(self.config, f"ready after {waited_s:.0f} s; {trainable_parameters(module):,} parameters learn")
+            with self._breaking_off(trainer):
+                after = self._fit(trainer, module, data, saved)
+            summary = self._finish(trainer, module, after)
+            publish(loggers, summary)
+            code = 0
+        finally:
+            finish(loggers, code)
+        return summary
+
+    def _fit(self, trainer: Trainer, module: LightningModule, data: LightningDataModule, saved: SavedState | None) -> float | None:
+        """Validate, train, validate; the validation loss at the end."""
+        if saved is None:
+            _validate(trainer, module, data, self.meter)
+            trainer.fit(module, datamodule=data)
+        else:
+            trainer.fit(module, datamodule=data, ckpt_path=saved.file, weights_only=True)
+        losses = self.meter.val_losses
+        return losses[-1][1] if losses and losses[-1][0] == trainer.global_step > 0 else _validate(trainer, module, data, self.meter)
+
+    def _loggers(self, keep_below: int) -> list[Any]:
+        from swarmtune.train.loggers import make_loggers, wandb_run
+
+        kind = str(self.config.adapter.get("peft_type", "saved adapter"))
+        model = Path(resolve_path(self.config.model.path)).name
+        names = {
+            "name": f"{self.config.title}-{model}-{self.run_dir.name}",
+            "group": self.group,
+            "tags": [self.config.title, model, kind.lower()],
+            "config": to_plain(self.config),
+        }
+        before = read_facts(self.run_dir) if self.resumed else {}
+        loggers = make_loggers(
+            self.config.logger,
+            self.run_dir,
+            names=names,
+            keep_below=keep_below,
+            wandb_id=before.get("wandb_id"),
+            say=lambda sentence: _say(self.config, sentence),
+        )
+        run = wandb_run(loggers)
+        write_json(self.run_dir / FACTS, before | ({"wandb_id": run.id} if run is not None else {}))
+        return loggers
+
+    def _facts(self, data: LightningDataModule) -> dict[str, Any]:
+        """What must stay the same for a resumed run to be the same run."""
+        facts = dict(self.swarm.fingerprint())
+        fingerprint = getattr(data, "fingerprint", None)
+        return facts | ({"data": fingerprint()} if fingerprint is not None else {})
+
+    @contextmanager
+    def _breaking_off(self, trainer: Trainer) -> Iterator[None]:
+        """Say how to go on after an interrupt or a failure; turn Lightning's ``sys.exit`` at Ctrl-C back into a ``KeyboardInterrupt``."""
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            yield
+        except (SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, SystemExit) and trainer.state.status != "interrupted":
+                raise
+            raise KeyboardInterrupt(f"interrupted; {self._how_to_go_on()}") from error
+        except SwarmtuneError as error:
+            error.add_note(self._how_to_go_on())
+            raise
+        finally:
+            with contextlib.suppress(ValueError):  # handlers belong to the main thread
+                signal.signal(signal.SIGINT, handler)
+
+    def _how_to_go_on(self) -> str:
+        from swarmtune.train.checkpoint import step_folders
+
+        folders = step_folders(self.run_dir / CHECKPOINTS)
+        if not folders:
+            return "no step has been saved"
+        return f"{folders[-1].name.replace('=', ' ')} is saved: go on with swarmtune resume={self.run_dir}"
+
+    def _finish(self, trainer: Trainer, module: LightningModule, after: float | None) -> dict[str, Any]:
+        """Export the adapter, draw, summarise."""
+        adapter_dir = self.run_dir / ADAPTER
+        _adapter(module).save_pretrained(adapter_dir)
+        for each in trainer.loggers:
+            each.save()
+        losses = self.meter.val_losses
+        before = losses[0][1] if losses and losses[0][0] == 0 else None
+        summary = self._summary(module) | {
+            "val_loss_before": before,
+            "val_loss_after": after,
+            "val_ppl_before": _finite_exp(before),
+            "val_ppl_after": _finite_exp(after),
+            "steps": trainer.global_step,
+            "adapter_dir": str(adapter_dir),
+            "run_dir": str(self.run_dir),
+            "loss_curve": self._draw(),
+        }
+        write_json(self.run_dir / SUMMARY, summary)
+        return summary
+
+    def _summary(self, module: LightningModule) -> dict[str, Any]:
+        """What was trained, and what it took."""
+        trainable = trainable_parameters(module)
+        totals = self.meter.totals()
+        path = resolve_path(self.config.model.path)
+        servers: dict[str, dict[str, float]] = {}
+        for name, value in totals.items():
+            if name.startswith("server/"):
+                _, label, quantity = name.split("/")
+                servers.setdefault(label, {})[quantity] = round(value, 3)
+        return {
+            "recipe": self.config.title,
+            "model": path,
+            "trainable_params": trainable,
+            "total_params": count_parameters(path) + trainable,
+            "tokens_per_s": round(self.meter.tokens_per_s, 1),
+            "seconds": round(totals["time/wall_s"], 3),
+            "seconds_to_first_step": None if self.meter.first_step_s is None else round(self.meter.first_step_s, 3),
+            "seconds_training": round(totals["time/train_s"], 3),
+            "seconds_waiting_for_swarm": round(totals["time/swarm_s"], 3),
+            "bytes_up": int(totals["bytes_up"]),
+            "bytes_down": int(totals["bytes_down"]),
+            "retries": int(totals["retries"]),
+            "servers": servers,
+        }
+
+    def _draw(self) -> str | None:
+        from swarmtune.train.loggers import METRICS
+
+        if not self.config.callbacks.loss_curve or not (self.run_dir / METRICS).exists():
+            return None
+        from swarmtune.train.metrics_file import read_curve
+        from swarmtune.train.plot import draw_loss_curve
+
+        path, metrics = self.run_dir / "loss.png", self.run_dir / METRICS
+        train = [(step + 1, loss) for step, loss in read_curve(metrics, "train_loss")]
+        draw_loss_curve(path, train, self.meter.val_losses, f"{self.config.title} on {Path(resolve_path(self.config.model.path)).name}")
+        return str(path)
 
 
 def trainable_parameters(module: LightningModule) -> int:
@@ -163,45 +295,19 @@ def _finite_exp(loss: float | None) -> float | None:
 
 def _validate(trainer: Trainer, module: LightningModule, data: LightningDataModule, meter: Meter) -> float | None:
     """The validation loss now; ``None`` where the Trainer is told not to validate."""
-    seen = len(meter.val_losses)
+    seen = list(meter.val_losses)
     trainer.validate(module, datamodule=data, verbose=False)
-    return meter.val_losses[-1][1] if len(meter.val_losses) > seen else None
-
-
-def _draw(config: Config, run_dir: Path, meter: Meter) -> str | None:
-    if not config.callbacks.loss_curve:
-        return None
-    from swarmtune.train.plot import draw_loss_curve
-
-    path = run_dir / "loss.png"
-    draw_loss_curve(path, meter.train_losses, meter.val_losses, f"{config.title} on {Path(resolve_path(config.model.path)).name}")
-    return str(path)
-
-
-@contextmanager
-def _interruptible(trainer: Trainer, module: LightningModule, run_dir: Path) -> Iterator[None]:
-    """Turn Lightning's ``sys.exit`` at Ctrl-C back into a ``KeyboardInterrupt``, with the adapter so far saved."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt) as error:
-        if isinstance(error, SystemExit) and trainer.state.status != "interrupted":
-            raise
-        _adapter(module).save_pretrained(run_dir / "adapter")
-        raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; the adapter so far is in {run_dir / 'adapter'}") from error
-    finally:
-        with contextlib.suppress(ValueError):  # handlers belong to the main thread
-            signal.signal(signal.SIGINT, handler)
+    return meter.val_losses[-1][1] if meter.val_losses != seen else None
 
 
 # --- the swarm ---------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _initial_peers(config: Config, spans: list[str], run_dir: Path) -> Iterator[Callable[[], list[str]]]:
+def initial_peers(config: Config, spans: list[str], log_dir: Path) -> Iterator[Callable[[], list[str]]]:
     """Start the bundled servers, if the config asks for them; what is given waits until they are ready and names them.
 
-    Between the two the heavy libraries are imported, so that nobody waits for anybody.
+    Between the two the heavy libraries are imported, so that nobody waits for anybody. Asked again, it starts servers that have died since.
     """
     if config.swarm.kind is SwarmKind.JOIN:
         _say(config, f"connecting to {len(config.swarm.initial_peers)} peers, for up to {config.swarm.patience_s:.0f} s")
@@ -209,16 +315,22 @@ def _initial_peers(config: Config, spans: list[str], run_dir: Path) -> Iterator[
         return
     path = resolve_path(config.model.path)
     _say(config, f"starting {len(spans)} server{'s' if len(spans) > 1 else ''} of {Path(path).name}, blocks {', '.join(spans)}")
-    with ExitStack() as stack:
-        threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
-        local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=run_dir / "servers").start()
-        stack.callback(local.close)
+    threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
+    local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=log_dir)
+    try:
+        local.start()
         _import_heavy()
+        local.wait_ready()
 
         def ready() -> list[str]:
-            return stack.enter_context(local).initial_peers
+            for server in local.servers:
+                if not server.alive:
+                    server.restart()
+            return local.initial_peers
 
         yield ready
+    finally:
+        local.close()
 
 
 def _say(config: Config, line: str) -> None:
@@ -290,6 +402,22 @@ def count_parameters(path: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_data(config: Config) -> None:
+    """Look for missing data, splits and columns before anything starts, as far as that is cheap.
+
+    Raises:
+        UsageError: what is missing, and what is there.
+    """
+    if config.data.source is Source.PYTHON_TOPICS:
+        return  # nothing can be missing
+    from swarmtune.train.sources import SOURCE_KEYS, make_sources
+
+    keys = to_plain(config.data)
+    for source in make_sources(**{name: keys[name] for name in SOURCE_KEYS}):
+        if source is not None:
+            source.check()
+
+
 # --- the recipe and the Trainer ----------------------------------------------------------------------------------------------
 
 
@@ -327,8 +455,15 @@ def try_trainer(flags: Mapping[str, Any]) -> None:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def build_trainer(config: Config, run_dir: Path, meter: Meter) -> Trainer:
+def build_trainer(config: Config, run_dir: Path, meter: Meter, loggers: list[Any], facts: Mapping[str, Any]) -> Trainer:
     """The Trainer, with our loggers and callbacks.
+
+    Args:
+        config: of the run.
+        run_dir: where checkpoints go.
+        meter: measures the run.
+        loggers: where metrics go.
+        facts: what checkpoints keep, for a resumed run to compare.
 
     Raises:
         UsageError: a combination of flags that Lightning refuses.
@@ -337,7 +472,8 @@ def build_trainer(config: Config, run_dir: Path, meter: Meter) -> Trainer:
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback
 
-    from swarmtune.train.callbacks import AdapterCheckpoint
+    from swarmtune.train.checkpoint import AdapterCheckpoint
+    from swarmtune.train.interrupt import StopBetweenSteps
 
     flags = dict(config.trainer)
     if isinstance(flags.get("val_check_interval"), float) and flags.get("check_val_every_n_epoch") is None:
@@ -347,10 +483,11 @@ def build_trainer(config: Config, run_dir: Path, meter: Meter) -> Trainer:
         flags["enable_progress_bar"] = False  # ours is shown instead
         callbacks += _progress(config, meter)
     if flags.setdefault("enable_checkpointing", True):
-        callbacks.append(AdapterCheckpoint(run_dir / "checkpoints", config.callbacks.checkpoint_every_steps, config.callbacks.checkpoints_kept))
+        callbacks.append(AdapterCheckpoint(run_dir / CHECKPOINTS, config.callbacks.checkpoint_every_steps, config.callbacks.checkpoints_kept, facts))
+    callbacks.append(StopBetweenSteps(lambda sentence: _say(config, sentence)))
     flags.setdefault("enable_model_summary", False)
     try:
-        return Trainer(**flags, callbacks=callbacks, logger=_loggers(config, run_dir), default_root_dir=run_dir)
+        return Trainer(**flags, callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -365,59 +502,3 @@ def _progress(config: Config, meter: Meter) -> list[Any]:
         return []
     bar = kind is ProgressKind.BAR or (kind is ProgressKind.AUTO and console.is_terminal)
     return [ProgressDisplay(meter, console, bar=bar, line_every_s=config.callbacks.line_every_s)]
-
-
-def _loggers(config: Config, run_dir: Path) -> list[Any]:
-    from lightning.pytorch.loggers import CSVLogger, WandbLogger
-
-    loggers: list[Any] = [CSVLogger(run_dir, name="csv", version="")]
-    if config.logger.wandb:
-        offline = os.environ.get("WANDB_MODE") == "offline"
-        import wandb
-
-        try:
-            loggers.append(WandbLogger(project=config.logger.project, name=run_dir.name, save_dir=run_dir, offline=offline, log_model=False))
-            assert loggers[-1].experiment is not None
-        except wandb.errors.Error as error:
-            raise UsageError(f"logger=wandb: {str(error).splitlines()[0]} (set WANDB_MODE=offline, or run: wandb login)") from error
-    return loggers
-
-
-# --- files -------------------------------------------------------------------------------------------------------------------
-
-
-def make_run_dir(config: Config) -> Path:
-    """The directory of this run, made: ``run_dir`` or ``runs/<name>/<time>``.
-
-    Raises:
-        UsageError: it holds another run already, or cannot be made.
-    """
-    if config.run_dir is None:
-        base = Path("runs") / config.title / time.strftime("%Y-%m-%d_%H-%M-%S")
-        found = base
-        for again in range(2, sys.maxsize):
-            if not found.exists():
-                break
-            found = base.with_name(f"{base.name}_{again}")
-    else:
-        found = Path(config.run_dir)
-    found = found.absolute()
-    if any((found / name).exists() for name in ("summary.json", "checkpoints", "adapter")):
-        raise UsageError(f"run_dir: {found} already holds a run; give another directory, or none")
-    try:
-        found.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"run_dir: {found} cannot be made: {error.strerror}") from error
-    return found
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(to_plain(values), file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)

@@ -39,6 +39,7 @@ HELP = """\
 swarmtune: fine-tune a model whose frozen body runs on a swarm of servers; all that learns stays here.
 
   swarmtune recipe=NAME [key=value ...]     train
+  swarmtune -m recipe=NAME key=a,b ...      train once for every combination of values, over one swarm; a table at the end
 {verbs}
   swarmtune VERB --help | --help | --version
 
@@ -54,6 +55,7 @@ Often changed:
   data.sequence_length=128     data.batch_size=8
   swarm.servers=2              or swarm.spans=[0:2,2:4]; swarm=join 'swarm.initial_peers=[...]' for a swarm that is already there
   run_dir=PATH                 where everything is written   (default: runs/<name>/<time>)
+  resume=RUN|auto              go on with an interrupted run; auto takes the latest one of the same configuration, or begins a new one
   seed=0  logger=wandb  debug=short
 
 Example:
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words, started)
     except SwarmtuneError as error:
-        print(f"swarmtune: {error}", file=sys.stderr)
+        print(f"swarmtune: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, WRONG_INPUT) else EXIT_FAILED
     except KeyboardInterrupt as error:
         print(f"swarmtune: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -94,6 +96,8 @@ def _dispatch(words: list[str], started: float) -> int:
     if words[0] == "serve":
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
+    if words[0] in ("-m", "--multirun"):
+        return _sweep(words[1:], started)
     if words[0] == COMPLETE:
         from swarmtune.commands.complete import main as complete
 
@@ -129,14 +133,23 @@ def help_text() -> str:
 
 
 def _train(words: list[str], started: float) -> int:
-    from swarmtune.config import load_config
+    from swarmtune.resume import plan_run
 
     _quieten()
-    config = load_config(words)
+    plan = plan_run(words)
     from swarmtune.app import train
 
-    _print_summary(train(config, started))
+    _print_summary(train(plan.config, started, resume=plan.run_dir))
     return 0
+
+
+def _sweep(words: list[str], started: float) -> int:
+    _quieten()
+    if not words:
+        raise UsageError("a sweep takes the words of a run, some with several values: swarmtune -m recipe=lora_bloom optimizer.lr=1e-3,1e-2")
+    from swarmtune.sweep import run_sweep
+
+    return run_sweep(words, started)
 
 
 def _quieten() -> None:

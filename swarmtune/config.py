@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import glob
 import importlib.resources
+import itertools
 import re
 import types
 import typing
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swarmtune.errors import UsageError
+from swarmtune.files import write_text
 from swarmtune.own_recipe import ENDINGS, OwnRecipe
 from swarmtune.schema import Config
 
@@ -28,8 +31,17 @@ T = TypeVar("T")
 REQUIRED = "???"
 """What stands in a YAML file where the user must give a value."""
 
-VERBATIM = ("run_dir", "model.path", "data.path", "adapter.path")
+VERBATIM = ("run_dir", "model.path", "data.path", "data.validation_path", "data.cache_dir", "adapter.path")
 """Keys whose value is a path, taken as typed: spaces, commas and brackets mean nothing to Hydra there."""
+VERBATIM_TEXT = ("data.text_template",)
+"""Keys whose value is text, taken as typed but for ``\\n`` and ``\\t``."""
+FREE_PATHS = ("run_dir", "data.cache_dir")
+"""Paths that need not exist."""
+FILE_ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".safetensors"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip"),
+)
+"""What ends like this is a file, never a hub id."""
 PATH_GROUPS = {"model": "model.path", "data": "data.path", "adapter": "adapter.path"}
 """Groups that also take a path: ``model=some/directory``."""
 PATH_OPTIONS = {"data": "dataset", "adapter": "saved"}
@@ -79,22 +91,71 @@ def _is_own(recipe: str) -> bool:
 
 
 def _load(words: list[str], own: OwnRecipe | None, name: str) -> Config:
-    from swarmtune.train.library_keys import check_trainer_flags, peft_config
-
     config = compose("config", words, Config, own)
     config = dataclasses.replace(config, name=config.name or name, recipe=config.recipe if own is None else own.code(config.recipe))
-    resolve_path(config.model.path)
-    if config.data.path is not None:
-        existing_path("data.path", config.data.path)
-    check_trainer_flags(config.trainer)
     touched = [word.lstrip("+~") for word in words] + ([*own.lines] if own is not None else [])
-    if any(key.startswith("adapter") for key in touched):
+    check_config(config, adapter_given=any(key.startswith("adapter") for key in touched))
+    return config
+
+
+def check_config(config: Config, *, adapter_given: bool) -> None:
+    """Check what the schema cannot: paths, flags of the Trainer, and the adapter where the user gave something of it.
+
+    Raises:
+        UsageError: anything wrong.
+    """
+    from swarmtune.train.library_keys import check_trainer_flags, peft_config
+
+    resolve_path(config.model.path)
+    for name in ("path", "validation_path"):
+        if (given := getattr(config.data, name)) is not None:
+            existing_path(f"data.{name}", given)
+    check_trainer_flags(config.trainer)
+    if adapter_given:
         from swarmtune.adapters.tuners import check_supported
 
         chosen = peft_config(config.adapter)
         if not isinstance(chosen, str):
             check_supported(chosen)
-    return config
+
+
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the ``config.yaml`` of a run, with single keys of ``overrides`` laid on top.
+
+    Raises:
+        UsageError: it cannot be read, or anything wrong with a word.
+    """
+    import yaml
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices, values, paths = _sort_overrides(list(overrides), _groups_of("config"))
+    if choices:
+        raise UsageError(f"{choices[0]}: a saved configuration takes single keys only, such as swarm.patience_s=60")
+    try:
+        config = OmegaConf.load(path)
+        parser = OverridesParser.create()
+        for word in values:
+            _apply(config, _parse(parser, word), word)
+        node = OmegaConf.to_container(config, resolve=True)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
+    return _checked(Config, node, paths)
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Full keys of the values in which two configurations differ."""
+    flat = [dict(_flat(to_plain(config))) for config in (one, other)]
+    return sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 OWN_OPTION = "own_file"
@@ -135,14 +196,46 @@ def compose(config_name: str, overrides: list[str], schema: type[T], own: OwnRec
         node = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_composition_error(error, own, overrides)) from error
-    for key, text in paths:
-        _set(node, key, text)
     if own is not None:
         node.setdefault("recipe", "")
+    return _checked(schema, node, paths)
+
+
+def _checked(schema: type[T], node: Any, paths: Sequence[tuple[str, str]]) -> T:
+    """Plain values as an object of the schema."""
+    if not isinstance(node, dict):
+        raise UsageError(f"a configuration must be a group of keys, got {type(node).__name__}")
+    for key, text in paths:
+        _set(node, key, text)
     known = list(_keys(schema))
     for key in _unknown_keys(schema, node):
         raise UsageError(f"there is no key {key}{nearest(key, known)}")
-    return _convert(schema, node, "")
+    return typing.cast(T, _convert(schema, node, ""))
+
+
+def expand_sweep(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values that words such as ``optimizer.lr=1e-3,1e-2`` list, in order, as words of one run each; Hydra's sweep grammar.
+
+    Raises:
+        UsageError: a value cannot be read.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+
+    parser = OverridesParser.create()
+    columns: list[list[str]] = []
+    for word in words:
+        if word.partition("=")[0].lstrip("+") in VERBATIM:
+            columns.append([word])
+            continue
+        override = _parse(parser, word)
+        if not override.is_sweep_override():
+            columns.append([word])
+        elif isinstance(override.value(), Glob):
+            raise UsageError(f"{word}: name the values, separated by commas")
+        else:
+            columns.append([f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()])
+    return [list(combination) for combination in itertools.product(*columns)]
 
 
 def _composition_error(error: Exception, own: OwnRecipe | None, words: list[str]) -> str:
@@ -214,7 +307,9 @@ def _sort_overrides(overrides: list[str], groups: list[str]) -> tuple[list[str],
             raise UsageError(f"expected key=value, got {word!r}")
         if key not in groups:
             name = key.lstrip("+")
-            if name in VERBATIM and text not in ("", "null"):
+            if name in VERBATIM_TEXT and text not in ("", "null"):
+                paths.append((name, _unquote(text).replace("\\n", "\n").replace("\\t", "\t")))
+            elif name in VERBATIM and text not in ("", "null"):
                 paths.append((name, existing_path(name, _unquote(text))))
             else:
                 values.append(word)
@@ -245,11 +340,15 @@ def _model_or_path(group: str, text: str) -> str:
 
 
 def existing_path(key: str, text: str) -> str:
-    """An absolute local path, ``pkg://...`` or a hub id; ``run_dir`` need not exist."""
+    """An absolute local path, a pattern that matches some, ``pkg://...`` or a hub id; those of ``FREE_PATHS`` need not exist."""
     if not text.strip():
         raise UsageError(f"{key} must not be empty")
     local = Path(text).expanduser()
-    if key == "run_dir" or local.exists():
+    if key in FREE_PATHS or local.exists():
+        return str(local.absolute())
+    if key in ("data.path", "data.validation_path") and glob.has_magic(text):
+        if next(glob.iglob(str(local), recursive=True), None) is None:
+            raise UsageError(f"{key}: no file matches {text}")
         return str(local.absolute())
     if text.startswith("pkg://") or (key != "adapter.path" and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) and not _looks_like_file(text)):
         return text
@@ -261,7 +360,7 @@ def existing_path(key: str, text: str) -> str:
 def _looks_like_file(text: str) -> bool:
     """Whether ``org/name`` is rather a path: its folder is here, or it ends as a data file does."""
     parent, _, _ = text.rpartition("/")
-    return bool(parent and Path(parent).is_dir()) or text.endswith((".json", ".jsonl", ".parquet", ".csv", ".txt", ".arrow", ".safetensors"))
+    return bool(parent and Path(parent).is_dir()) or text.lower().endswith(FILE_ENDINGS)
 
 
 def resolve_path(path: str) -> str:
@@ -401,5 +500,5 @@ def to_yaml(config: Any) -> str:
 
 
 def save_yaml(config: Any, path: Path) -> None:
-    """Write a config as YAML."""
-    path.write_text(to_yaml(config), encoding="utf-8")
+    """Write a config as YAML, whole or not at all."""
+    write_text(path, to_yaml(config))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import math
+import re
+import string
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +65,23 @@ def _need(ok: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
+def template_columns(template: str) -> list[str]:
+    """The columns that ``"{question} {answer}"`` names.
+
+    Raises:
+        ValueError: none, or anything but plain names in the braces.
+    """
+    example = "such as '{question} {answer}'"
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"text_template cannot be read: {error}; columns stand in braces, {example}") from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    plain = all(re.fullmatch(r"[^\W\d][\w -]*", name) and not spec and not conversion for _, name, spec, conversion in parts if name is not None)
+    _need(bool(names) and plain, f"text_template must hold names of columns in braces, {example}, and nothing but names; got {template!r}")
+    return list(dict.fromkeys(names))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model."""
@@ -81,29 +100,70 @@ class DataConfig:
     source: Source = Source.PYTHON_TOPICS
     """The help topics that come with Python, or anything that ``datasets`` reads."""
     path: str | None = None
-    """For ``dataset``: a json, jsonl, parquet, csv or text file, a directory of these, a saved dataset, or a hub id."""
+    """For ``dataset``: a json, jsonl, parquet, csv, tsv, txt or arrow file, a pattern (``a/*.csv``), a directory, a saved dataset, a hub id."""
+    name: str | None = None
+    """Which configuration of a hub dataset, or of a directory with a dataset card."""
+    revision: str | None = None
+    """Which commit, branch or tag of a hub dataset."""
     text_column: str = "text"
     """The column that holds the text."""
+    text_template: str | None = None
+    """Text made of several columns instead, such as ``{question}\\n{answer}``; ``\\n`` is a line break."""
     split: str = "train"
-    """The split of a dataset that has several; validation text is cut from it, by document."""
+    """The split that is trained on, of data that has several."""
     validation_fraction: float = 0.15
-    """Share of the text held out for validation, by whole documents."""
+    """Share of the text held out for validation, by whole documents, unless one of the next two is given."""
+    validation_split: str | None = None
+    """Another split of the same data, for validation."""
+    validation_path: str | None = None
+    """Other data of any kind that ``path`` takes, for validation."""
+    validation_windows: int | None = None
+    """Windows of validation text at most; all if not given, and 256 of a stream."""
+    streaming: bool = False
+    """Read while training, holding only ``shuffle_windows``: for data too long to be prepared. Needs ``trainer.max_steps``."""
+    shuffle_windows: int = 1024
+    """Of a stream, how many windows are held to draw the next one from."""
     sequence_length: int = 128
     """Tokens per window."""
     batch_size: int = 8
     """Windows per batch."""
     num_workers: int = 0
-    """Processes that prepare batches; windows are ready in memory, so 0 is rarely slower."""
+    """Processes that prepare training batches; windows are ready in memory, so 0 is rarely slower. A stream takes 1 at most."""
+    cache: bool = True
+    """Keep the tokens of prepared data on disk for the next run."""
+    cache_dir: str | None = None
+    """Where; ``$XDG_CACHE_HOME/swarmtune`` or ``~/.cache/swarmtune`` if not given."""
 
     def __post_init__(self) -> None:
         _need(self.source is not Source.DATASET or bool(self.path), "path must name a file, a directory or a hub id")
         _need(0 < self.validation_fraction < 1, f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         _need(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
         _need(self.sequence_length <= 1 << 15, f"sequence_length must be at most {1 << 15}, got {self.sequence_length}")
-        unused = self.source is Source.PYTHON_TOPICS and (self.path, self.split, self.text_column) != (None, "train", "text")
-        _need(not unused, "path, data.split and data.text_column need data=FILE")
-        _need(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        _need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
+        for name, low in (("batch_size", 1), ("num_workers", 0), ("shuffle_windows", 1), ("validation_windows", 1)):
+            value = getattr(self, name)
+            _need(value is None or value >= low, f"{name} must be at least {low}, got {value}")
+        self._refuse_ignored()
+        for name in ("split", "validation_split"):
+            value = getattr(self, name)
+            _need(value is None or re.fullmatch(r"\w+([.-]\w+)*", value) is not None, f"{name} must be the name of a split, got {value!r}")
+        if self.text_template is not None:
+            template_columns(self.text_template)
+
+    def _refuse_ignored(self) -> None:
+        """Refuse a key that would change nothing beside the others."""
+        for name in ("path", "name", "revision", "text_column", "text_template", "split", "validation_split", "validation_path", "streaming"):
+            changed = getattr(self, name) != getattr(type(self), name)
+            _need(self.source is not Source.PYTHON_TOPICS or not changed, f"{name} needs data=PATH or ID: it says nothing about Python's help topics")
+        apart = [name for name in ("validation_split", "validation_path") if getattr(self, name) is not None]
+        _need(len(apart) < 2, "validation_split and data.validation_path exclude each other: validation text comes from one place")
+        unused = apart and self.validation_fraction != type(self).validation_fraction
+        _need(not unused, f"validation_fraction says nothing beside data.{''.join(apart)}: no text is cut off then")
+        _need(self.validation_split != self.split, f"validation_split must be another split than data.split, got {self.split!r} for both")
+        _need(self.text_template is None or self.text_column == "text", "text_column says nothing beside data.text_template")
+        _need(self.streaming or self.shuffle_windows == type(self).shuffle_windows, "shuffle_windows needs data.streaming=true")
+        _need(not self.streaming or self.num_workers <= 1, f"num_workers must be 0 or 1 for a stream, got {self.num_workers}")
+        _need(self.cache or self.cache_dir is None, "cache_dir says nothing beside data.cache=false")
+        _need(not self.streaming or self.cache_dir is None, "cache_dir says nothing beside data.streaming=true: a stream is not kept")
 
 
 LOCAL_ONLY = ("servers", "dtype", "threads")
@@ -188,12 +248,26 @@ class LoggerConfig:
     """Where metrics go besides the CSV file, which is always written."""
 
     wandb: bool = False
-    """Also log to Weights & Biases; ``WANDB_MODE=offline`` needs no login."""
+    """Also log to Weights & Biases: online where there is a login, otherwise offline, which ``wandb sync`` uploads later."""
     project: str = "swarmtune"
     """W&B project."""
+    entity: str | None = None
+    """W&B user or team; the login's own if not given."""
+    name: str | None = None
+    """W&B name of the run; ``<recipe>-<model>-<run directory>`` if not given."""
+    group: str | None = None
+    """W&B group; the recipe, or the directory of a sweep, if not given."""
+    tags: tuple[str, ...] = ()
+    """W&B tags besides recipe, model and kind of adapter."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, which ``pip install swarmtune[tensorboard]`` brings."""
 
     def __post_init__(self) -> None:
-        _need(self.wandb or self.project == type(self).project, "project needs logger=wandb")
+        _need(bool(self.project.strip()), "project must not be empty")
+        for key in ("project", "entity", "name", "group", "tags"):
+            _need(self.wandb or getattr(self, key) == getattr(type(self), key), f"{key} needs logger=wandb")
+        for tag in self.tags:
+            _need(1 <= len(tag) <= 64, f"tags must have 1 to 64 characters each, got {tag!r}")
 
 
 @dataclass(frozen=True)
@@ -202,7 +276,7 @@ class CallbacksConfig:
 
     checkpoint_every_steps: int = 100
     """Optimizer steps between checkpoints, each with a PEFT directory beside it."""
-    checkpoints_kept: int = 3
+    checkpoints_kept: int = 2
     """How many of the newest checkpoints stay; -1 keeps all."""
     progress: ProgressKind = ProgressKind.AUTO
     """How progress is shown."""
@@ -249,6 +323,8 @@ class Config:
     def __post_init__(self) -> None:
         _need(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
         _need("/" not in self.name and self.name not in (".", ".."), f"name must be the name of a directory, got {self.name!r}")
+        ends = self.trainer.get("fast_dev_run") or self.trainer.get("max_steps") not in (None, -1)
+        _need(not self.data.streaming or bool(ends), "data.streaming needs trainer.max_steps: a stream has no end")
 
     @property
     def title(self) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from swarmtune.errors import BlocksUnserved, PeersUnreachable, SwarmMismatch, UsageError, WireError
-from swarmtune.remote.chain import Chain, ChainSettings
+from swarmtune.remote.chain import Chain, ChainSettings, ServerTotals
 from swarmtune.remote.route import Directory, Discovery
 from swarmtune.transport.base import Traffic, Transport, TransportError
 from swarmtune.transport.loop import LoopThread
@@ -36,12 +36,16 @@ class SwarmTraffic:
         bytes_down: received from servers.
         calls: forwards and backwards asked for.
         retries: calls that had to be asked again.
+        wait_s: seconds that callers waited for the swarm.
+        servers: what each server did, in the order in which they were first asked.
     """
 
     bytes_up: int
     bytes_down: int
     calls: int
     retries: int
+    wait_s: float
+    servers: tuple[ServerTotals, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,23 @@ class Swarm:
         """Bytes, calls and retries so far."""
         totals: Traffic = self._transport.traffic
         counters = [opened.chain.counters for opened in self._models.values()]
-        return SwarmTraffic(totals.bytes_up, totals.bytes_down, sum(c.calls for c in counters), sum(c.retries for c in counters))
+        return SwarmTraffic(
+            bytes_up=totals.bytes_up,
+            bytes_down=totals.bytes_down,
+            calls=sum(each.calls for each in counters),
+            retries=sum(each.retries for each in counters),
+            wait_s=sum(each.wait_s for each in counters),
+            servers=tuple(replace(server) for each in counters for server in list(each.servers.values())),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the results of the models opened so far: digests of configurations and weights, and the servers' numeric classes."""
+        opened = sorted(self._models.items())
+        return {
+            "model": [digest for digest, _ in opened],
+            "weights": [model.directory.weights() for _, model in opened],
+            "numeric": [model.directory.numeric_class or "unknown" for _, model in opened],
+        }
 
     def close(self) -> None:
         """End the connection. Safe to repeat."""

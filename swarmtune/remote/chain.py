@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -20,7 +21,8 @@ from swarmtune.remote.route import Directory, Hop
 from swarmtune.transport.base import Transport, TransportError
 from swarmtune.types import Axis, BlockSpan
 from swarmtune.wire.codec import decode, encode
-from swarmtune.wire.messages import DETERMINISTIC, AdapterSpec, CallKwarg, Fault, FaultCode, SpanCall, SpanResult
+from swarmtune.wire.frames import Incoming
+from swarmtune.wire.messages import DETERMINISTIC, AdapterSpec, CallKwarg, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -113,11 +115,61 @@ class MicroResult:
 
 
 @dataclass(slots=True)
+class ServerTotals:
+    """What one server did for this client so far.
+
+    Attributes:
+        label: its name and the end of its peer id, fit for the name of a metric.
+        span: the blocks that it held when it was first called.
+        calls: forwards and backwards asked of it.
+        failures: of these, those that it did not do.
+        network_s: seconds of done calls that it did not account for: the way there and back.
+        queue_s: seconds that calls waited there, as it says.
+        compute_s: seconds of work, as it says.
+        bytes_up: of messages sent to it.
+        bytes_down: of whole answers received.
+    """
+
+    label: str
+    span: BlockSpan
+    calls: int = 0
+    failures: int = 0
+    network_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def add(self, seconds: float, times: ServerTimes | None, answer: Incoming) -> None:
+        """Count a done call; a server cannot claim more time than has passed."""
+        compute_s = min(seconds, times.compute_us / 1e6) if times else 0.0
+        queue_s = min(seconds - compute_s, times.queue_us / 1e6) if times else 0.0
+        self.compute_s, self.queue_s, self.network_s = (
+            self.compute_s + compute_s,
+            self.queue_s + queue_s,
+            self.network_s + seconds - compute_s - queue_s,
+        )
+        self.bytes_down += len(answer.body)
+
+
+@dataclass(slots=True)
 class ChainCounters:
-    """Running totals, for people."""
+    """Running totals, for people.
+
+    Attributes:
+        wait_s: seconds that the caller's thread waited for the chain.
+        servers: by peer id.
+    """
 
     calls: int = 0
     retries: int = 0
+    wait_s: float = 0.0
+    servers: dict[str, ServerTotals] = field(default_factory=dict)
+
+
+def _label(peer: str, info: ServerInfo) -> str:
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:40] or f"blocks{info.span.start}-{info.span.stop}"
+    return f"{name}.{peer[-6:]}"
 
 
 def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:
@@ -240,6 +292,7 @@ class Chain:
 
     def _after(self, fault: PeerFault, patience: _Patience) -> None:
         self.counters.retries += 1
+        self._totals(fault.peer).failures += 1
         self._directory.failed(fault.peer)
         if patience.blame(fault):
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
@@ -253,9 +306,13 @@ class Chain:
         """
         began = time.monotonic()
         self.counters.calls += 1
+        totals = self._totals(hop.peer)
+        totals.calls += 1
         request = encode(replace(call, remaining_ms=max(1, int(self.settings.call_timeout_s * 1000))).to_message(), answer_bytes=call.answer_bytes)
+        totals.bytes_up += len(request.header) + request.body_bytes
         try:
-            reply = decode(await self._transport.call(hop.peer, request, self.settings.call_timeout_s))
+            answer = await self._transport.call(hop.peer, request, self.settings.call_timeout_s)
+            reply = decode(answer)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
             result = SpanResult.from_message(reply, call)
@@ -263,8 +320,17 @@ class Chain:
             raise PeerFault(hop.peer, hop.span, str(error)) from error
         except WireError as error:
             raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
-        self._directory.succeeded(hop, time.monotonic() - began, call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1])
+        seconds = time.monotonic() - began
+        totals.add(seconds, result.times, answer)
+        self._directory.succeeded(hop, seconds, call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1])
         return result
+
+    def _totals(self, peer: str) -> ServerTotals:
+        totals = self.counters.servers.get(peer)
+        if totals is None:
+            info = self._directory.known[peer].info
+            totals = self.counters.servers[peer] = ServerTotals(_label(peer, info), info.span)
+        return totals
 
 
 class _Patience:

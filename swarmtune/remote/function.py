@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from swarmtune.remote.chain import Batch, Chain, KwargPlan, Leg, MicroResult, mi
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import AdapterSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,14 @@ class BodyCall:
             found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, tuple(part.detach() for part in parts), self.adapter))
         return found
 
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run the chain's ``work`` on the loop thread; the time that this takes is counted."""
+        began = time.monotonic()
+        try:
+            return self.loop.run(work)
+        finally:
+            self.chain.counters.wait_s += time.monotonic() - began
+
 
 class RemoteSequential(torch.autograd.Function):
     """All blocks of the body, on servers; differentiable by the hidden states and by every kwarg that asks for it."""
@@ -44,7 +55,7 @@ class RemoteSequential(torch.autograd.Function):
     def forward(ctx: Any, call: BodyCall, hidden_BTH: Tensor, *tensors: Tensor) -> Tensor:
         """Run the chain; keep what entered each leg."""
         micro = call.cut(hidden_BTH, tensors)
-        results = call.loop.run(call.chain.forward(micro))
+        results = call.wait(call.chain.forward(micro))
         if any(ctx.needs_input_grad):
             ctx.call = call
             ctx.spans = [[leg.span for leg in legs] for legs, _ in results]
@@ -64,7 +75,7 @@ class RemoteSequential(torch.autograd.Function):
         legs = _legs(ctx.spans, micro, entered)
         (grad_BTH,) = grads
         parts = [part.to(hidden_BTH.dtype) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
-        results = call.loop.run(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1]))
+        results = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1]))
         input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device) if ctx.needs_input_grad[1] else None
         by_kwarg = [
             _kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -73,6 +74,15 @@ class Directory:
         self._agreed: dict[int, str] = {}
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
+
+    @property
+    def numeric_class(self) -> str | None:
+        """Of the last route; ``mixed`` where it has several, ``None`` before the first."""
+        return self._numeric_class
+
+    def weights(self) -> str:
+        """One digest of the weights that the servers agree on, block by block."""
+        return hashlib.sha256("\n".join(f"{block} {digest}" for block, digest in sorted(self._agreed.items())).encode()).hexdigest()[:16]
 
     async def refresh(self) -> None:
         """Ask discovery for peers, and each peer for itself.

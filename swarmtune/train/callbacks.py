@@ -1,28 +1,39 @@
-"""What happens around training: measuring, progress, checkpoints with a PEFT directory beside each."""
+"""What happens around training: measuring and showing progress."""
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from swarmtune.errors import NonFinite
 from swarmtune.train.module import perplexity
 
 RECENT_BATCHES = 20
 """Batches behind the speed that is shown while training."""
 
 
+class Totals(Protocol):
+    """What one server did so far; see ``swarmtune.remote.chain.ServerTotals``."""
+
+    label: str
+    calls: int
+    failures: int
+    network_s: float
+    queue_s: float
+    compute_s: float
+    bytes_up: int
+    bytes_down: int
+
+
 class Traffic(Protocol):
-    """Running totals of one client."""
+    """Running totals of one client; see ``swarmtune.swarm.SwarmTraffic``."""
 
     @property
     def bytes_up(self) -> int:
@@ -36,23 +47,45 @@ class Traffic(Protocol):
     def retries(self) -> int:
         """Calls that had to be asked again."""
 
+    @property
+    def wait_s(self) -> float:
+        """Seconds that training waited for the swarm."""
+
+    @property
+    def servers(self) -> Sequence[Totals]:
+        """Each server."""
+
+
+SERVER_TOTALS = ("calls", "failures", "network_s", "queue_s", "compute_s", "bytes_up", "bytes_down")
+"""What is logged of each server, as ``server/<label>/<name>``."""
+
+
+def flat_totals(traffic: Traffic) -> dict[str, float]:
+    """Running totals under the names by which they are logged."""
+    totals: dict[str, float] = {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down, "retries": traffic.retries}
+    for server in traffic.servers:
+        totals.update((f"server/{server.label}/{name}", getattr(server, name)) for name in SERVER_TOTALS)
+    return totals
+
 
 class Meter(Callback):
-    """Keeps losses, tokens and times of a run, and logs speed and traffic.
+    """Keeps losses, tokens and times of a run, and logs speed and running totals; a checkpoint holds them, so a resumed run goes on counting.
 
     Args:
-        traffic: gives the running totals.
-        started: ``time.monotonic()`` when the run began.
+        traffic: gives the running totals of this process.
+        started: ``time.monotonic()`` when this process began with the run.
     """
 
     def __init__(self, traffic: Callable[[], Traffic], started: float) -> None:
         self.traffic, self.started = traffic, started
-        self.train_losses: list[tuple[int, float]] = []
+        self.train_loss = math.nan
         self.val_losses: list[tuple[int, float]] = []
-        self.tokens, self.busy_s = 0, 0.0
+        self.tokens, self.busy_s, self.wait_s = 0, 0.0, 0.0
         self.first_step_s: float | None = None
+        self.before: dict[str, float] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
-        self._batch_started = started
+        self._batch_started, self._waited_s = started, 0.0
+        self._logged_step = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -65,27 +98,48 @@ class Meter(Callback):
         seconds = sum(spent for _, spent in self._recent)
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds else 0.0
 
+    def totals(self) -> dict[str, float]:
+        """Running totals of the whole run, by the names under which they are logged."""
+        now = {**flat_totals(self.traffic()), "time/wall_s": time.monotonic() - self.started}
+        found = {name: now.get(name, 0) + self.before.get(name, 0) for name in (*now, *self.before)}
+        return found | {"time/train_s": self.busy_s, "time/swarm_s": self.wait_s, "tokens": self.tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"val_losses": self.val_losses, "tokens": self.tokens, "busy_s": self.busy_s, "wait_s": self.wait_s, "totals": self.totals()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.val_losses = [(int(step), float(loss)) for step, loss in state_dict["val_losses"]]
+        self.tokens, self.busy_s, self.wait_s = int(state_dict["tokens"]), float(state_dict["busy_s"]), float(state_dict["wait_s"])
+        ours = ("time/train_s", "time/swarm_s", "tokens")
+        self.before = {name: value for name, value in state_dict["totals"].items() if name not in ours}
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of a batch."""
-        self._batch_started = time.monotonic()
+        self._batch_started, self._waited_s = time.monotonic(), self.traffic().wait_s
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a batch to the totals."""
         now = time.monotonic()
         tokens, spent = int(batch["attention_mask"].sum()), now - self._batch_started
         self.tokens, self.busy_s = self.tokens + tokens, self.busy_s + spent
+        self.wait_s += self.traffic().wait_s - self._waited_s
         self._recent.append((tokens, spent))
         if self.first_step_s is None:
             self.first_step_s = now - self.started
-        self.train_losses.append((trainer.global_step, float(trainer.callback_metrics["train_loss"])))
-        traffic = self.traffic()
-        totals = {name: float(getattr(traffic, name)) for name in ("bytes_up", "bytes_down", "retries")}
-        pl_module.log_dict({"tokens_per_s": self.recent_tokens_per_s, **totals})
+        self.train_loss = float(trainer.callback_metrics["train_loss"])
+        pl_module.log("tokens_per_s", self.recent_tokens_per_s)
+        if trainer.global_step > self._logged_step and trainer.global_step % getattr(trainer, "log_every_n_steps", 1) == 0:
+            self._logged_step = trainer.global_step
+            for each in trainer.loggers:  # not through the module's log, which would round byte counts to 24 bits
+                each.log_metrics({name: float(value) for name, value in self.totals().items()}, step=trainer.global_step - 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the validation loss of this step."""
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None:
+            self.val_losses = [(step, old) for step, old in self.val_losses if step != trainer.global_step]
             self.val_losses.append((trainer.global_step, float(loss)))
 
 
@@ -96,7 +150,7 @@ class ProgressDisplay(Callback):
     """
 
     def __init__(self, meter: Meter, console: Console, *, bar: bool, line_every_s: float = 5.0) -> None:
-        self.meter, self.console, self.line_every_s = meter, console, line_every_s
+        self.meter, self.console, self.bar, self.line_every_s = meter, console, bar, line_every_s
         self._bar = self._new_bar(console) if bar else None
         self._task: TaskID | None = None
         self._said_at, self._began_at, self._first_step = 0.0, 0.0, 0
@@ -117,7 +171,7 @@ class ProgressDisplay(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar, or say a line when the last one is old enough."""
-        loss = self.meter.train_losses[-1][1]
+        loss = self.meter.train_loss
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=trainer.global_step, loss=loss, rate=self.meter.recent_tokens_per_s, description="training")
             return
@@ -163,53 +217,3 @@ def _total_steps(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole run, ``None`` where it has no end."""
     total = trainer.estimated_stepping_batches
     return None if total == float("inf") else int(total)
-
-
-class AdapterCheckpoint(Checkpoint):
-    """Saves ``step=N/state.ckpt`` and, beside it, the PEFT directory ``step=N/adapter``.
-
-    Every ``every_steps`` optimizer steps, at the end, and when training is broken off; the newest ``keep`` stay. Nothing is saved after a
-    loss or gradient that is not finite.
-
-    Args:
-        directory: where the ``step=N`` directories are made.
-        every_steps: optimizer steps between two.
-        keep: how many stay; -1 for all.
-    """
-
-    def __init__(self, directory: Path, every_steps: int, keep: int = -1) -> None:
-        self.directory, self.every_steps, self.keep = directory, every_steps, keep
-        self._saved_step = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count where training begins."""
-        self._saved_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save when a multiple of ``every_steps`` is reached."""
-        if trainer.global_step % self.every_steps == 0:
-            self._save(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end."""
-        self._save(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is."""
-        if not isinstance(exception, NonFinite):
-            self._save(trainer, pl_module)
-
-    def _save(self, trainer: Trainer, pl_module: Any) -> None:
-        step = trainer.global_step
-        if step == self._saved_step or getattr(trainer, "fast_dev_run", False):
-            return
-        folder = self.directory / f"step={step}"
-        trainer.save_checkpoint(folder / "state.ckpt")
-        pl_module.model.adapter.save_pretrained(folder / "adapter")
-        self._saved_step = step
-        self._prune()
-
-    def _prune(self) -> None:
-        folders = sorted(self.directory.glob("step=*"), key=lambda folder: int(folder.name.removeprefix("step=")))
-        for folder in folders[: -self.keep] if self.keep > 0 else []:
-            shutil.rmtree(folder)

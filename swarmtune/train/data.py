@@ -1,171 +1,33 @@
-"""Text for causal language models: read, split by document, tokenised, packed into windows.
+"""The data of a run as a LightningDataModule: windows of text for training and validation.
 
-Validation documents are chosen before anything is packed, so a window never mixes the two sides. The choice hangs on the text alone, never on
-the seed or the order of files: runs with different seeds are comparable.
+``sources`` reads, ``documents`` splits, ``prepare`` tokenises, ``cache`` keeps, ``windows`` cuts, ``stream`` does it all on the way, ``loader`` puts
+windows into batches that a resumed run can go on with.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from swarmtune.errors import UsageError
+from swarmtune.train.cache import TokenCache, default_folder, entry_key, tokens_digest
+from swarmtune.train.loader import ResumableLoader, WindowBatches
+from swarmtune.train.prepare import load_tokenizer, pad_token, prepare, tokenizer_digest
+from swarmtune.train.preparing import Preparing
+from swarmtune.train.sources import make_sources
+from swarmtune.train.stream import StreamBatches, stream_windows
+from swarmtune.train.windows import Batch, Windows
 
-IGNORED_LABEL = -100
-"""The label that Hugging Face losses skip."""
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
-"""File endings that can be read, and the reader of ``datasets`` for each."""
-SHARED_PARAGRAPH_CHARS = 60
-"""Two help topics that share a paragraph at least this long are kept on one side of the split."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text, and the key of those that must not be parted from it by the split."""
-
-    text: str
-    group: str
-
-
-def python_topics() -> list[Document]:
-    """The help topics of Python's own ``pydoc``; topics that quote each other share a group, so that nothing leaks."""
-    from pydoc_data.topics import topics
-
-    leader = {name: name for name in topics}
-
-    def find(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    first_with: dict[str, str] = {}
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            words = " ".join(paragraph.split())
-            if len(words) >= SHARED_PARAGRAPH_CHARS:
-                leader[find(name)] = find(first_with.setdefault(words, name))
-    return [Document(topics[name], find(name)) for name in sorted(topics)]
-
-
-def read_documents(path: str, text_column: str, split: str) -> list[Document]:
-    """Every text of a local file, a directory, a saved dataset or a hub id; equal texts share a group.
-
-    Raises:
-        UsageError: nothing there, no such split or column, or a column that is not text.
-    """
-    import datasets
-
-    try:
-        found = _open_dataset(path, split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        raise UsageError(f"data {path}: {' '.join(str(root).split())[:300] or type(root).__name__}") from error
-    if text_column not in found.column_names:
-        raise UsageError(f"data {path}: there is no column {text_column!r}; there are: {', '.join(found.column_names)} (set data.text_column)")
-    texts = [text for text in found[text_column] if text is not None]
-    strange = next((text for text in texts if not isinstance(text, str)), None)
-    if strange is not None:
-        raise UsageError(f"data {path}: column {text_column!r} holds {type(strange).__name__}, not text")
-    return [Document(text, text) for text in texts if text.strip()]
-
-
-def _open_dataset(path: str, split: str) -> Any:
-    """The ``datasets.Dataset`` at ``path``; raises whatever ``datasets`` raises."""
-    import datasets
-
-    local = Path(path)
-    if local.is_dir() and any((local / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-        found = datasets.load_from_disk(path)
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                raise UsageError(f"data {path}: there is no split {split!r}; there are: {', '.join(found)} (choose with data.split)")
-            return found[split]
-        return found
-    if local.is_file() and not local.stat().st_size:
-        raise UsageError(f"data {path}: the file is empty")
-    if local.is_file():
-        reader = READERS.get(local.suffix)
-        if reader is None:
-            raise UsageError(f"data {path}: a file must end in one of {', '.join(READERS)}")
-        extra = {"sample_by": "paragraph"} if reader == "text" else {}
-        return datasets.load_dataset(reader, data_files=glob.escape(path), split="train", **extra)
-    return datasets.load_dataset(path, split=split)
-
-
-def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents; about ``fraction`` of the characters are validation, by whole groups.
-
-    Groups are taken in the order of a hash of their key while they fit.
-
-    Raises:
-        UsageError: fewer than two groups.
-    """
-    sizes: dict[str, int] = defaultdict(int)
-    for document in documents:
-        sizes[document.group] += len(document.text)
-    if len(sizes) < 2:
-        raise UsageError(f"at least two different documents are needed, one to train on and one to validate on; got {len(sizes)}")
-    budget = fraction * sum(sizes.values())
-    held_out: set[str] = set()
-    for group in sorted(sizes, key=lambda key: hashlib.sha256(key.encode(errors="surrogatepass")).digest()):
-        if sizes[group] <= budget and len(held_out) < len(sizes) - 1:
-            held_out.add(group)
-            budget -= sizes[group]
-    held_out = held_out or {min(sizes, key=lambda key: (sizes[key], key))}
-    return [item for item in documents if item.group not in held_out], [item for item in documents if item.group in held_out]
-
-
-class Windows(Dataset[dict[str, Tensor]]):
-    """Fixed windows of a token stream: ``input_ids``, ``attention_mask`` and ``labels``, each of shape (T,) in int64.
-
-    Args:
-        tokens: one token sequence per document.
-        length: T.
-        end: token put after each document, if the tokenizer has one.
-        pad: token that fills the last window; masked, and ignored in the labels.
-    """
-
-    def __init__(self, tokens: Iterable[Sequence[int]], length: int, end: int | None, pad: int) -> None:
-        stream = [token for document in tokens for token in (*document, *(() if end is None else (end,)))]
-        if len(stream) % length == 1:
-            stream.pop()  # alone in its window it has nothing to predict, and its loss would be 0 / 0
-        missing = -len(stream) % length
-        shape = (-1, length)
-        self.input_ids_NT = torch.tensor(stream + [pad] * missing, dtype=torch.int64).view(shape)
-        self.mask_NT = torch.tensor([1] * len(stream) + [0] * missing, dtype=torch.int64).view(shape)
-        self.labels_NT = self.input_ids_NT.masked_fill(self.mask_NT == 0, IGNORED_LABEL)
-
-    def __len__(self) -> int:
-        return len(self.input_ids_NT)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids_NT[index], "attention_mask": self.mask_NT[index], "labels": self.labels_NT[index]}
-
-
-def load_tokenizer(path: str) -> Any:
-    """The model's own tokenizer.
-
-    Raises:
-        UsageError: the model has none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"model {path}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+STREAM_VALIDATION_WINDOWS = 256
+"""Windows of held-out text that are taken from a stream, if nothing else is said."""
 
 
 class TextDataModule(LightningDataModule):
@@ -173,62 +35,150 @@ class TextDataModule(LightningDataModule):
 
     Args:
         tokenizer: a directory or hub id with the model's tokenizer.
-        source: ``python_topics`` or ``dataset``; the rest is explained in ``swarmtune.schema.DataConfig``.
         seed: seed of the order of training windows.
+        validation_fraction: share of the text that is held out, unless validation text is kept apart.
+        validation_windows: how many windows of validation text at most.
+        streaming: prepare nothing; read as training goes.
+        shuffle_windows: of a stream, how many windows are mixed.
+        sequence_length: T.
+        batch_size: windows per batch.
+        num_workers: processes that make training batches.
+        cache: keep prepared tokens on disk.
+        cache_dir: where.
+        source_keys: keys that ``make_sources`` takes; all are explained in ``swarmtune.schema.DataConfig``.
     """
 
     def __init__(
         self,
         tokenizer: str,
         *,
-        source: str = "python_topics",
-        path: str | None = None,
-        text_column: str = "text",
-        split: str = "train",
+        seed: int = 0,
         validation_fraction: float = 0.15,
+        validation_windows: int | None = None,
+        streaming: bool = False,
+        shuffle_windows: int = 1024,
         sequence_length: int = 128,
         batch_size: int = 8,
         num_workers: int = 0,
-        seed: int = 0,
+        cache: bool = True,
+        cache_dir: str | None = None,
+        **source_keys: Any,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.source, self.path = tokenizer, source, path
-        self.text_column, self.split, self.validation_fraction = text_column, split, validation_fraction
-        self.sequence_length, self.batch_size, self.num_workers, self.seed = sequence_length, batch_size, num_workers, seed
+        self.tokenizer, self.seed = tokenizer, seed
+        self.train_source, self.val_source = make_sources(streaming=streaming, **source_keys)
+        self.fraction, self.validation_windows = validation_fraction, validation_windows
+        self.streaming, self.shuffle_windows = streaming, shuffle_windows
+        self.sequence_length, self.batch_size, self.num_workers = sequence_length, batch_size, num_workers
+        self.cache = TokenCache(Path(cache_dir) if cache_dir else default_folder()) if cache else None
         self._windows: dict[str, Windows] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, split, tokenise and pack; once."""
+        """Read, split, tokenise and pack, or take what is ready; once.
+
+        Raises:
+            UsageError: the data cannot be read, or there is too little of it.
+        """
         if self._windows:
             return
-        documents = python_topics() if self.source == "python_topics" else read_documents(self.path or "", self.text_column, self.split)
-        tokenizer = load_tokenizer(self.tokenizer)
-        for name, side in zip(("train", "val"), split_documents(documents, self.validation_fraction), strict=True):
-            tokens = tokenizer([item.text for item in side], add_special_tokens=False, verbose=False)["input_ids"]
-            self._windows[name] = self._pack(tokens, tokenizer)
+        tokenizer, show = load_tokenizer(self.tokenizer), self._show()
+        tokens = self._held_out_of_stream(tokenizer, show) if self.streaming else self._prepared(tokenizer, show)
+        pad = pad_token(tokenizer)
+        limits = {"train": None, "val": self.validation_windows}
+        found = {name: Windows(stream_M, self.sequence_length, pad, limits[name]) for name, stream_M in tokens.items()}
+        for name, windows in found.items():
+            if len(windows) == 0:
+                side = "training" if name == "train" else "validation"
+                raise UsageError(f"the data holds too little text: not even two tokens for {side}")
+        self._windows = found
 
-    def _pack(self, tokens: list[list[int]], tokenizer: Any) -> Windows:
-        end = tokenizer.eos_token_id
-        pad = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
-        windows = Windows(tokens, self.sequence_length, end, pad)
-        if len(windows) == 0:
-            raise UsageError("the data holds too little text: not even two tokens on one side of the split")
-        return windows
+    def _prepared(self, tokenizer: Any, show: Preparing) -> dict[str, Tensor]:
+        """Both streams of tokens, from the cache if they are there."""
+        key, identity = None, tokenizer_digest(tokenizer)
+        if self.cache is not None and identity is not None:
+            with show.phase("looking for changes", "bytes") as advance:
+                train = self.train_source.digest(advance)
+                val = self.fraction if self.val_source is None else self.val_source.digest(advance)
+            key = entry_key(train=train, val=val, tokenizer=identity)
+            if found := self.cache.load(key):
+                return found
+        found = prepare(self.train_source, self.val_source, self.fraction, tokenizer, show)
+        if key is not None and self.cache is not None:
+            self.cache.save(key, found)
+        return found
+
+    def _held_out_of_stream(self, tokenizer: Any, show: Preparing) -> dict[str, Tensor]:
+        """Validation tokens of a stream, as many as are asked for."""
+        most = self.validation_windows or STREAM_VALIDATION_WINDOWS
+        source = self.val_source or self.train_source
+        fraction = self.fraction if self.val_source is None else None
+        found: list[Tensor] = []
+        with show.phase("collecting held-out text", "tokens", most * self.sequence_length) as advance:
+            for tokens_S in stream_windows(source, fraction, True, tokenizer, self.sequence_length):
+                found.append(tokens_S)
+                advance(len(tokens_S))
+                if len(found) == most:
+                    break
+        if not found:
+            hint = "" if fraction is None else "; raise data.validation_fraction, or give data.validation_path"
+            raise UsageError(f"no document of the stream fell to validation{hint}")
+        return {"val": torch.cat(found)}
+
+    def _show(self) -> Preparing:
+        """Where progress of preparing goes: where that of training goes."""
+        from swarmtune.train.callbacks import ProgressDisplay
+
+        for callback in getattr(self.trainer, "callbacks", []):
+            if isinstance(callback, ProgressDisplay):
+                return Preparing(callback.console, bar=callback.bar, line_every_s=callback.line_every_s)
+        return Preparing()
 
     @property
     def windows(self) -> Mapping[str, Windows]:
-        """The windows of ``train`` and ``val``."""
+        """The windows of ``train`` and ``val``; of a stream, those of ``val`` alone."""
         self.setup()
         return self._windows
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Training batches, in an order that ``seed`` alone decides."""
-        order = torch.Generator().manual_seed(self.seed)
-        return self._loader("train", shuffle=True, generator=order)
+    def fingerprint(self) -> str:
+        """A digest of what is trained on, in hex: of the exact windows, or, of a stream, of its settings and the names and sizes of its files.
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        A run is resumed with data of the same fingerprint only.
+        """
+        if not self.streaming:
+            train = self.windows["train"]
+            said: list[Any] = [tokens_digest(train.tokens_M), train.length]
+        else:
+            identity = tokenizer_digest(load_tokenizer(self.tokenizer)) or self.tokenizer
+            apart = None if self.val_source is None else self.val_source.names()
+            said = [self.train_source.names(), apart, self.fraction, self.shuffle_windows, self.sequence_length, identity]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Training batches, in an order that ``seed`` alone decides; they can be taken up again at any batch."""
+        trainer = self.trainer
+        trained = None if trainer is None else lambda: _trained(trainer)
+        if not self.streaming:
+            shuffle = not getattr(trainer, "overfit_batches", 0)
+            batches = WindowBatches(self.windows["train"], self.batch_size, self.seed, shuffle)
+            return ResumableLoader(batches, num_workers=self.num_workers, trained=trained)
+        fraction = self.fraction if self.val_source is None else None
+        stream = StreamBatches(self.train_source, fraction, self.tokenizer, self.sequence_length, self.batch_size, self.seed, self.shuffle_windows)
+        return ResumableLoader(stream, length=self._run_length(), num_workers=self.num_workers, trained=trained)
+
+    def _run_length(self) -> int | None:
+        """Batches of the whole run: to Lightning, a run over a stream is one epoch."""
+        if self.trainer is None:
+            return None
+        if self.trainer.max_steps < 0:
+            raise UsageError("data.streaming needs trainer.max_steps: a stream has no end")
+        return max(self.trainer.max_steps, 1) * self.trainer.accumulate_grad_batches
+
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches, always in the same order."""
-        return self._loader("val")
+        return DataLoader(self.windows["val"], self.batch_size, generator=torch.Generator())
 
-    def _loader(self, name: str, **options: Any) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(self.windows[name], self.batch_size, num_workers=self.num_workers, **options)
+
+def _trained(trainer: Trainer) -> int:
+    """Batches of this epoch that have been trained; one that is under way is not counted."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.processed)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from swarmtune.errors import NonFinite, UsageError
-from swarmtune.train.data import IGNORED_LABEL
+from swarmtune.train.windows import IGNORED_LABEL
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our names of schedules, and transformers'."""

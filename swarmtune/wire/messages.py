@@ -227,6 +227,26 @@ class SpanCall:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ServerTimes:
+    """Where a call spent its time on the server, as the server says.
+
+    Attributes:
+        queue_us: microseconds from its arrival to the start of the work.
+        compute_us: microseconds of the work.
+    """
+
+    queue_us: int
+    compute_us: int
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ServerTimes | None:
+        """Read them from the fields of a result; a server may leave them out."""
+        if "queue_us" not in fields and "compute_us" not in fields:
+            return None
+        return cls(_integer(fields.get("queue_us"), "queue_us"), _integer(fields.get("compute_us"), "compute_us"))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SpanResult:
     """The output of a forward, or the gradients of a backward.
@@ -235,16 +255,18 @@ class SpanResult:
         hidden_BTH: output of the span (forward) or gradient by its input (backward; ``None`` where not asked for).
         kwarg_grads: by index of the call's kwarg: shape ``(blocks of that kwarg, *its shape)``, one gradient per block in ascending
             order, so that the client's sum over blocks does not depend on where a route is cut.
+        times: how long the server says that it took, where it says so.
     """
 
     hidden_BTH: Tensor | None
     kwarg_grads: Mapping[int, Tensor] = field(default_factory=dict)
+    times: ServerTimes | None = None
 
     def to_message(self) -> Message:
         """As it travels."""
         tensors = {} if self.hidden_BTH is None else {"hidden": self.hidden_BTH}
         tensors.update((f"k{index}", grad) for index, grad in self.kwarg_grads.items())
-        return Message("result", {}, tensors)
+        return Message("result", {} if self.times is None else asdict(self.times), tensors)
 
     @classmethod
     def from_message(cls, message: Message, call: SpanCall) -> SpanResult:
@@ -273,7 +295,7 @@ class SpanResult:
             grads[index] = grad
         if tensors:
             raise WireError(f"a reply holds tensors that nobody asked for: {', '.join(sorted(tensors))[:200]}")
-        return cls(hidden, grads)
+        return cls(hidden, grads, ServerTimes.from_json(message.fields))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from swarmtune.app import load_recipe, make_run_dir
+from swarmtune.app import load_recipe
 from swarmtune.commands.cp import main as cp
 from swarmtune.config import load_config, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.own_recipe import check_code, code_names, load_build
+from swarmtune.train.run_dir import new_run_dir
 
 CODE = "def build(config, swarm):\n    return config, swarm\n"
 
@@ -35,8 +36,9 @@ def test_a_copy_composes_to_what_the_original_does(here: Path) -> None:
 
 def test_runs_of_an_own_recipe_lie_under_its_name(here: Path) -> None:
     cp(["lora_bloom", "mine"])
-    assert make_run_dir(load_config(["recipe=mine.yaml"])).parent == here / "runs" / "mine"
-    assert make_run_dir(load_config(["recipe=mine.yaml", "name=other"])).parent == here / "runs" / "other"
+    for words, name in ((["recipe=mine.yaml"], "mine"), (["recipe=mine.yaml", "name=other"], "other")):
+        config = load_config(words)
+        assert new_run_dir(config.run_dir, config.title).parent == here / "runs" / name
 
 
 def test_its_own_defaults_list_is_honoured_and_it_may_extend_a_bundled_recipe(here: Path) -> None:

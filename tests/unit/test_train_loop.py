@@ -2,136 +2,23 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-import swarmtune
 from swarmtune import app
 from swarmtune.config import load_config
 from swarmtune.errors import NonFinite, UsageError
 from swarmtune.train.callbacks import Meter
-from swarmtune.train.data import TextDataModule, python_topics
 from swarmtune.train.module import CausalLMModule
+from swarmtune.train.run_dir import new_run_dir
+from tests.unit.stand_in import StandInSwarm, Traffic, module_and_data, quiet_trainer, run_short
 
-WORDS = 61
-"""Words of the stand-in's vocabulary."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A barrier of two threads costs far more than a tiny matrix product where other tests share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    seen = sorted({word for item in python_topics() for word in item.text.split() if word.isalpha()})[:WORDS]
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", "<pad>", *seen])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
-    torch.manual_seed(0)
-    BloomForCausalLM(BloomConfig(vocab_size=len(vocabulary), hidden_size=16, n_layer=2, n_head=2)).save_pretrained(folder)
-    return folder
-
-
-class Adapter(nn.Module):
-    """The leaf parameters of a PEFT model, saved by PEFT itself."""
-
-    def __init__(self, peft_model: PeftModel) -> None:
-        super().__init__()
-        self._peft = [peft_model]
-        for name, parameter in peft_model.named_parameters():
-            if parameter.requires_grad:
-                self.register_parameter(name.replace(".", "/"), parameter)
-
-    def save_pretrained(self, folder: Path) -> None:
-        self._peft[0].save_pretrained(folder)
-
-
-def stand_in(path: str, swarm: object, adapter: object) -> nn.Module:
-    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), adapter)
-    model = peft_model.base_model.model
-    model.adapter = Adapter(peft_model)
-    return model
-
-
-class Traffic:
-    bytes_up, bytes_down, retries = 10, 20, 0
-
-
-class StandInSwarm:
-    initial_peers = ("/ip4/127.0.0.1/tcp/1/p2p/x",)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.closed = False
-
-    def start(self) -> "StandInSwarm":
-        return self
-
-    def close(self) -> None:
-        self.closed = True
-
-    def __enter__(self) -> "StandInSwarm":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def traffic(self) -> Traffic:
-        return Traffic()
-
-
-@pytest.fixture
-def swarm(monkeypatch: pytest.MonkeyPatch) -> list[StandInSwarm]:
-    made: list[StandInSwarm] = []
-
-    def make(*args: object, **kwargs: object) -> StandInSwarm:
-        made.append(StandInSwarm())
-        return made[-1]
-
-    monkeypatch.setitem(vars(swarmtune), "LocalSwarm", make)
-    monkeypatch.setitem(vars(swarmtune), "connect", make)
-    monkeypatch.setitem(vars(swarmtune), "load_causal_lm", stand_in)
-    return made
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM")
-
-
-def module_and_data(tiny_model: Path, **options: float) -> tuple[CausalLMModule, TextDataModule]:
-    torch.manual_seed(0)
-    module = CausalLMModule(stand_in(str(tiny_model), None, lora()), hyperparameters={"lr": 1e-2}, **options)
-    return module, TextDataModule(str(tiny_model), sequence_length=16, batch_size=4)
-
-
-def quiet_trainer(folder: Path, **flags: object) -> Trainer:
-    plain = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    return Trainer(default_root_dir=folder, **(plain | flags))
-
-
-SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.limit_val_batches=2", "callbacks.checkpoint_every_steps=2"]
-
-
-def run_short(tiny_model: Path, run_dir: Path, *words: str) -> dict:
-    config = load_config(["recipe=lora_bloom", f"model={tiny_model}", f"run_dir={run_dir}", "data.sequence_length=16", *SHORT, *words])
-    return app.train(config)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_two_steps_change_the_adapter_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
@@ -200,7 +87,7 @@ def test_the_meter_counts_real_tokens(tiny_model: Path, tmp_path: Path) -> None:
     meter = Meter(Traffic, 0.0)
     quiet_trainer(tmp_path, max_steps=3, limit_val_batches=0, callbacks=[meter]).fit(module, datamodule=data)
     assert meter.tokens == 3 * 4 * 16
-    assert [step for step, _ in meter.train_losses] == [1, 2, 3]
+    assert math.isfinite(meter.train_loss)
     assert meter.tokens_per_s > 0
     assert meter.first_step_s is not None
 
@@ -219,7 +106,7 @@ def test_a_whole_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path, s
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step=2", "step=4"}
     for adapter in (run_dir / "adapter", run_dir / "checkpoints" / "step=2" / "adapter"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
-    assert "train_loss" in (run_dir / "csv" / "metrics.csv").read_text()
+    assert "train_loss" in (run_dir / "metrics.csv").read_text()
     assert "step 4/4" in capsys.readouterr().out
     assert len(swarm) == 2
     assert all(item.closed for item in swarm)
@@ -282,9 +169,9 @@ def test_ctrl_c_keeps_the_adapter_and_a_checkpoint(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(CausalLMModule, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="interrupted at step 3; the adapter so far is in"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted; step 3 is saved: go on with swarmtune resume="):
         run_short(tiny_model, tmp_path / "run")
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step=3" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "run" / "checkpoints" / "step=3" / "state.ckpt").exists()
     assert all(item.closed for item in swarm)
 
@@ -296,16 +183,15 @@ def test_ctrl_c_during_the_first_validation_is_no_exit_code_of_lightning(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CausalLMModule, "validation_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="interrupted at step 0"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted; no step has been saved"):
         run_short(tiny_model, tmp_path / "run")
     assert all(item.closed for item in swarm)
 
 
 def test_a_run_directory_is_not_used_twice(tiny_model: Path, tmp_path: Path) -> None:
-    config = load_config(["recipe=lora_bloom", f"model={tiny_model}", f"run_dir={tmp_path}"])
-    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UsageError, match="already holds a run"):
-        app.make_run_dir(config)
+        new_run_dir(str(tmp_path), "lora_bloom")
 
 
 def test_blocks_are_shared_evenly(tiny_model: Path) -> None:
@@ -319,9 +205,3 @@ def test_blocks_are_shared_evenly(tiny_model: Path) -> None:
         app.server_spans(config("swarm.servers=3"), str(tiny_model))
     with pytest.raises(UsageError, match="outside the model, which has blocks 0:2"):
         app.server_spans(config("swarm.spans=[0:3]"), str(tiny_model))
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    app.write_json(tmp_path / "a.json", {"path": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"path": [1, None]}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
