@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import swarmtune
-from swarmtune.train.data import python_topics
+from swarmtune.train.documents import python_topics
 from tests.unit.stand_in import StandInSwarm, stand_in
 
 WORDS = 61
