@@ -96,9 +96,9 @@ def candidates(before: list[str], current: str) -> list[str]:
 
 def _first(current: str) -> Iterable[str]:
     if current.startswith("-"):
-        return ["--help", "--version"]
+        return ["--help", "--version", "-m"]
     plain = "=" not in current and "." not in current
-    return [*VERBS, "recipe="] if plain and not current.startswith(("+", "~")) else _settings([], current)
+    return [*VERBS, "recipe=", "resume="] if plain and not current.startswith(("+", "~")) else _settings([], current)
 
 
 def _after(verb: str, before: list[str], current: str) -> Iterable[str]:
@@ -164,7 +164,7 @@ def _keys(before: list[str], key: str) -> list[str]:
     group, dot, _ = key.partition(".")
     if dot:
         return [f"{group}.{name}=" for name in _fields(before, group)]
-    found = [f"{name}=" for name in groups()]
+    found = ["resume=", *(f"{name}=" for name in groups())]
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
             found.append(f"{name}.")
@@ -200,6 +200,8 @@ def _values(before: list[str], key: str, value: str) -> list[str]:
     if key in groups():
         files = {"recipe": ENDINGS, "data": None}.get(key, ())
         return [*options(key), *(paths(value, files) if key in (*PATH_GROUPS, "recipe") else [])]
+    if key == "resume":
+        return ["auto", *paths(value, ())]
     if key in VERBATIM:
         return paths(value, None if key == "data.path" else ())
     group, _, name = key.rpartition(".")

@@ -41,10 +41,12 @@ def after(text: str) -> list[str]:
 
 
 def test_verbs_and_keys_come_first(here: Path) -> None:
-    assert after("") == sorted([*VERBS, "recipe="])
+    assert after("") == sorted([*VERBS, "recipe=", "resume="])
     assert after("va") == ["validate"]
     assert after("optimizer.l") == ["optimizer.lr="]
     assert after("--v") == ["--version"]
+    assert after("-m recipe=lo") == ["recipe=lora_bloom"]
+    assert after("recipe=lora_bloom resume=") == ["resume=auto", "resume=model/", "resume=my runs/"]
 
 
 def test_recipes_are_bundled_ones_and_yaml_files(here: Path) -> None:
@@ -116,7 +118,7 @@ def test_fields_of_peft_are_those_of_its_configs(kind: str, config: type[peft.Pe
     ("line", "words", "replies"),
     [
         ("swarmtune comp", ["swarmtune", "comp"], ["completion "]),
-        ("swarmtune ", ["swarmtune", ""], [f"{word}{'' if word.endswith('=') else ' '}" for word in sorted([*VERBS, "recipe="])]),
+        ("swarmtune ", ["swarmtune", ""], [f"{word}{'' if word.endswith('=') else ' '}" for word in sorted([*VERBS, "recipe=", "resume="])]),
         ("X=1 swarmtune ls ad", ["swarmtune", "ls", "ad"], ["adapter "]),
         ("swarmtune recipe=lo", ["swarmtune", "recipe=lo"], ["lora_bloom "]),
         ("swarmtune x=1 model=m", ["swarmtune", "x=1", "model=m"], ["model/", "my\\ runs/"]),
