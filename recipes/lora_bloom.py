@@ -3,7 +3,7 @@
 swarmtune recipe=lora_bloom
 swarmtune recipe=lora_bloom model=bigscience/bloom-560m data=notes.jsonl trainer.max_steps=500 optimizer.lr=5e-4
 
-``conf/recipe/lora_bloom.yaml`` holds the values. To make a recipe of your own, copy both files and edit.
+The YAML file of the same name holds the values. To make a recipe of your own: swarmtune cp lora_bloom my_recipe
 """
 
 from __future__ import annotations

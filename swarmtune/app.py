@@ -23,6 +23,7 @@ import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
 from swarmtune.errors import SwarmtuneError, UsageError
 from swarmtune.files import write_json
+from swarmtune.own_recipe import load_build
 from swarmtune.schema import Config, ProgressKind, Source, SwarmKind
 from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, CONFIG, FACTS, SUMMARY, locked, new_run_dir, read_facts
 from swarmtune.types import BlockSpan, gaps
@@ -83,13 +84,13 @@ def train(
     spans = server_spans(config, resolve_path(config.model.path)) if config.swarm.kind is SwarmKind.LOCAL and peers is None else []
     check_trainer(config)
     check_data(config)
-    run_dir = new_run_dir(config.run_dir, config.recipe) if resume is None else resume
+    run_dir = new_run_dir(config.run_dir, config.title) if resume is None else resume
     with locked(run_dir), ExitStack() as stack:
         if resume is None:
             save_yaml(config, run_dir / CONFIG)
         found = (lambda: list(peers)) if peers is not None else stack.enter_context(initial_peers(config, spans, run_dir / "servers"))
         swarm = stack.enter_context(_connect(config, found()))
-        return _Run(config, run_dir, swarm, started, resume is not None, group or config.recipe).run()
+        return _Run(config, run_dir, swarm, started, resume is not None, group or config.title).run()
 
 
 def check_trainer(config: Config) -> None:
@@ -169,9 +170,9 @@ class _Run:
         kind = str(self.config.adapter.get("peft_type", "saved adapter"))
         model = Path(resolve_path(self.config.model.path)).name
         names = {
-            "name": f"{self.config.recipe}-{model}-{self.run_dir.name}",
+            "name": f"{self.config.title}-{model}-{self.run_dir.name}",
             "group": self.group,
-            "tags": [self.config.recipe, model, kind.lower()],
+            "tags": [self.config.title, model, kind.lower()],
             "config": to_plain(self.config),
         }
         before = read_facts(self.run_dir) if self.resumed else {}
@@ -250,7 +251,7 @@ class _Run:
                 _, label, quantity = name.split("/")
                 servers.setdefault(label, {})[quantity] = round(value, 3)
         return {
-            "recipe": self.config.recipe,
+            "recipe": self.config.title,
             "model": path,
             "trainable_params": trainable,
             "total_params": count_parameters(path) + trainable,
@@ -275,7 +276,7 @@ class _Run:
 
         path, metrics = self.run_dir / "loss.png", self.run_dir / METRICS
         train = [(step + 1, loss) for step, loss in read_curve(metrics, "train_loss")]
-        draw_loss_curve(path, train, self.meter.val_losses, f"{self.config.recipe} on {Path(resolve_path(self.config.model.path)).name}")
+        draw_loss_curve(path, train, self.meter.val_losses, f"{self.config.title} on {Path(resolve_path(self.config.model.path)).name}")
         return str(path)
 
 
@@ -421,11 +422,13 @@ def check_data(config: Config) -> None:
 
 
 def load_recipe(name: str) -> Callable[[Config, swarmtune.Swarm], tuple[LightningModule, LightningDataModule]]:
-    """``recipes/<name>.py: build``.
+    """``recipes/<name>.py: build``, or that of a Python file of the user's own.
 
     Raises:
         UsageError: there is no such file, or it has no ``build``.
     """
+    if name.endswith(".py"):
+        return load_build(Path(name))
     try:
         build = importlib.import_module(f"recipes.{name}").build
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The command line: ``swarmtune recipe=... key=value`` and ``swarmtune serve ...``.
+"""The command line: ``swarmtune recipe=... key=value`` to train, and the verbs.
 
 Nothing heavy is imported before it is needed, so that ``--help`` is instant.
 """
@@ -6,11 +6,13 @@ Nothing heavy is imported before it is needed, so that ``--help`` is instant.
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.resources
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import swarmtune
@@ -18,16 +20,30 @@ from swarmtune.errors import BlocksUnserved, NonFinite, PeersUnreachable, SwarmM
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
+VERBS = {
+    "serve": ("", "serve some blocks of a model to others"),
+    "ls": ("swarmtune.commands.ls", "list the recipes, or the options of a group"),
+    "cp": ("swarmtune.commands.cp", "copy a recipe, to make it your own"),
+    "show": ("swarmtune.commands.show", "print the whole configuration of a recipe or of a run"),
+    "validate": ("swarmtune.commands.validate", "check a recipe without starting anything"),
+    "export": ("swarmtune.commands.export", "write the adapter of a run for PEFT, or merged into a whole model"),
+    "plot": ("swarmtune.commands.plot", "draw what runs have measured"),
+    "doctor": ("swarmtune.doctor.command", "look at this machine, and at a swarm"),
+    "completion": ("swarmtune.commands.completion", "print the script that completes words in bash, zsh or fish"),
+}
+"""Each verb: the module whose ``main(words)`` it is, and a line about it. ``serve`` is a program of its own, which nothing here imports."""
+COMPLETE = "__complete"
+"""The verb that the completion scripts call."""
+
 HELP = """\
 swarmtune: fine-tune a model whose frozen body runs on a swarm of servers; all that learns stays here.
 
-  swarmtune recipe=NAME [key=value ...]   train
-  swarmtune -m recipe=NAME key=a,b ...    train once for every combination of values, over one swarm; a table at the end
-  swarmtune serve [key=value ...]         serve some blocks of a model to others
-  swarmtune doctor [--peer ADDRESS ...]   check this machine, or a swarm, and say what to do
-  swarmtune --help | --version
+  swarmtune recipe=NAME [key=value ...]     train
+  swarmtune -m recipe=NAME key=a,b ...      train once for every combination of values, over one swarm; a table at the end
+{verbs}
+  swarmtune VERB --help | --help | --version
 
-Recipes: {recipes}
+Recipes: {recipes}   (or recipe=FILE.yaml, a recipe of your own: swarmtune cp makes one)
 
 Often changed:
   model=PATH|ID                a local directory in Hugging Face layout, or a hub id   (default: the pocket BLOOM that comes along)
@@ -38,14 +54,13 @@ Often changed:
   trainer.max_steps=200        any flag of lightning.Trainer: accumulate_grad_batches, precision, fast_dev_run, limit_val_batches, ...
   data.sequence_length=128     data.batch_size=8
   swarm.servers=2              or swarm.spans=[0:2,2:4]; swarm=join 'swarm.initial_peers=[...]' for a swarm that is already there
-  run_dir=PATH                 where everything is written   (default: runs/<recipe>/<time>)
+  run_dir=PATH                 where everything is written   (default: runs/<name>/<time>)
   resume=RUN|auto              go on with an interrupted run; auto takes the latest one of the same configuration, or begins a new one
   seed=0  logger=wandb  debug=short
 
 Example:
   swarmtune recipe=lora_bloom data=notes.jsonl trainer.max_steps=500
 """
-VERBS = ("serve", "doctor")
 WRONG_INPUT = (UsageError, NonFinite, PeersUnreachable, BlocksUnserved, SwarmMismatch)
 """What the user can mend by giving something else; the rest is the swarm's failure."""
 
@@ -83,18 +98,26 @@ def _dispatch(words: list[str], started: float) -> int:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
     if words[0] in ("-m", "--multirun"):
         return _sweep(words[1:], started)
-    if words[0] == "doctor":
-        from swarmtune.doctor.command import main as doctor
-        from swarmtune.notices import show_warnings
+    if words[0] == COMPLETE:
+        from swarmtune.commands.complete import main as complete
 
-        show_warnings()
-        return doctor(words[1:])
+        return complete(words[1:])
+    if words[0] in VERBS:
+        _quieten()
+        verb: Callable[[list[str]], int] = importlib.import_module(VERBS[words[0]][0]).main
+        return verb(words[1:])
     if words[0].startswith("-"):
         raise UsageError(f"there is no option {words[0]}; swarmtune --help lists what there is")
-    if "=" not in words[0] and words[0][0] not in "+~":
-        close = difflib.get_close_matches(words[0], VERBS, 1)
-        raise UsageError(f"there is no command {words[0]!r}; " + (f"did you mean {close[0]}?" if close else "swarmtune --help lists what there is"))
+    if "=" not in words[0] and words[0][:1] not in ("+", "~"):
+        raise UsageError(f"there is no command {words[0]!r}; {_meant(words[0])}")
     return _train(words, started)
+
+
+def _meant(word: str) -> str:
+    if word in recipe_names() or word.endswith(".yaml"):
+        return f"did you mean recipe={word}?"
+    close = difflib.get_close_matches(word, VERBS, 1)
+    return f"did you mean {close[0]}?" if close else "swarmtune --help lists what there is"
 
 
 def recipe_names() -> list[str]:
@@ -105,7 +128,8 @@ def recipe_names() -> list[str]:
 
 def help_text() -> str:
     """What ``--help`` prints."""
-    return HELP.format(recipes=", ".join(recipe_names()))
+    verbs = "\n".join(f"  swarmtune {name:<32}{line}" for name, (_, line) in VERBS.items())
+    return HELP.format(verbs=verbs, recipes=", ".join(recipe_names()))
 
 
 def _train(words: list[str], started: float) -> int:
@@ -186,4 +210,6 @@ def _loading_lines(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path and Path.cwd() != Path(swarmtune.__file__).parents[1]:
+        sys.path.pop(0)  # python -m puts the current directory there, and with it anybody's conf, recipes and servers
     sys.exit(main())

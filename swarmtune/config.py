@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from swarmtune.errors import UsageError
 from swarmtune.files import write_text
+from swarmtune.own_recipe import ENDINGS, OwnRecipe
 from swarmtune.schema import Config
 
 T = TypeVar("T")
@@ -54,15 +55,46 @@ def options(group: str) -> list[str]:
 
 
 def load_config(overrides: Sequence[str]) -> Config:
-    """The checked configuration of a training run, from words such as ``recipe=lora_bloom``.
+    """The checked configuration of a training run, from words such as ``recipe=lora_bloom`` or ``recipe=./mine.yaml``.
 
     Raises:
-        UsageError: anything wrong with a word or a value, in one sentence.
+        UsageError: anything wrong with a word, a value or the recipe's files, in one sentence.
     """
-    if not any(word.split("=", 1)[0].strip() == "recipe" for word in overrides):
+    chosen = [word for word in overrides if word.partition("=")[0].strip() == "recipe"]
+    if not chosen:
         raise UsageError(f"say which recipe to run, such as recipe=lora_bloom (there are: {', '.join(options('recipe'))})")
-    config = compose("config", list(overrides), Config)
-    check_config(config, adapter_given=any(word.lstrip("+~").startswith("adapter") for word in overrides))
+    shown = _unquote(chosen[-1].partition("=")[2])
+    own = OwnRecipe.read(shown) if _is_own(shown) else None
+    words = [word for word in overrides if own is None or word not in chosen]
+    if own is None:
+        return _load(words, None, shown)
+    try:
+        return _load(words, own, own.name)
+    except UsageError as error:
+        raise UsageError(own.blame(str(error), [word.partition("=")[0].strip().lstrip("+~") for word in words])) from error
+
+
+def _is_own(recipe: str) -> bool:
+    """Whether ``recipe=`` names a file rather than a bundled recipe.
+
+    Raises:
+        UsageError: a word that is neither, with a file of that name here.
+    """
+    if recipe in options("recipe"):
+        return False
+    if recipe.endswith((*ENDINGS, ".py")) or "/" in recipe:
+        return True
+    for ending in ENDINGS:
+        if recipe and Path(recipe + ending).is_file():
+            raise UsageError(f"there is no recipe {recipe!r}; there are: {', '.join(options('recipe'))}; did you mean recipe={recipe}{ending}?")
+    return False
+
+
+def _load(words: list[str], own: OwnRecipe | None, name: str) -> Config:
+    config = compose("config", words, Config, own)
+    config = dataclasses.replace(config, name=config.name or name, recipe=config.recipe if own is None else own.code(config.recipe))
+    touched = [word.lstrip("+~") for word in words] + ([*own.lines] if own is not None else [])
+    check_config(config, adapter_given=any(key.startswith("adapter") for key in touched))
     return config
 
 
@@ -126,13 +158,24 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", value
 
 
-def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
+OWN_OPTION = "own_file"
+"""The name under which Hydra knows the user's own YAML file while it composes."""
+
+
+def compose(config_name: str, overrides: list[str], schema: type[T], own: OwnRecipe | None = None) -> T:
     """Compose ``conf/<config_name>.yaml`` with ``overrides`` and check it against the dataclass ``schema``.
+
+    Args:
+        config_name: the file of ``conf``.
+        overrides: group choices, values and paths.
+        schema: a dataclass.
+        own: a file that takes the place of an option of the group ``recipe``; its defaults list counts.
 
     Raises:
         UsageError: an unknown option or key (with the nearest right one), a wrong type, or a value out of range.
     """
     import hydra
+    from hydra.core.config_store import ConfigStore
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -141,6 +184,9 @@ def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
     groups = _groups_of(config_name)
     choices, values, paths = _sort_overrides(overrides, groups)
     try:
+        if own is not None:
+            ConfigStore.instance().store(group="recipe", name=OWN_OPTION, node=OmegaConf.create(own.text), package="_global_")
+            choices.append(f"recipe={OWN_OPTION}")
         with hydra.initialize_config_module("conf", version_base="1.3"):
             config = hydra.compose(config_name, overrides=choices)
         OmegaConf.set_struct(config, False)
@@ -149,7 +195,9 @@ def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
             _apply(config, _parse(parser, word), word)
         node = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(one_line(error)) from error
+        raise UsageError(_composition_error(error, own, overrides)) from error
+    if own is not None:
+        node.setdefault("recipe", "")
     return _checked(schema, node, paths)
 
 
@@ -188,6 +236,25 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
         else:
             columns.append([f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()])
     return [list(combination) for combination in itertools.product(*columns)]
+
+
+def _composition_error(error: Exception, own: OwnRecipe | None, words: list[str]) -> str:
+    """One sentence for what Hydra or OmegaConf refused, with the place in the user's own file if it is about a word there."""
+    from hydra.errors import MissingConfigException
+
+    sentence = one_line(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).lstrip("/").rpartition("/")
+        known = [str(item) for item in error.options or []]
+        listed = f"; there are: {', '.join(known)}" if known else ""
+        sentence = f"there is no {group} '{option}'{listed}{nearest(option, known)}"
+    if own is None:
+        return sentence
+    sentence = sentence.replace(f"In 'recipe/{OWN_OPTION}': ", "")
+    for quoted in re.findall(r"'([^']+)'", sentence):
+        if not any(quoted in word for word in words) and (line := own.line_with(quoted)):
+            return f"{own.shown}, line {line}: {sentence}"
+    return f"{own.shown}: {sentence}"
 
 
 def _parse(parser: Any, word: str) -> Any:
@@ -425,8 +492,13 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def save_yaml(config: Any, path: Path) -> None:
-    """Write a config as YAML, whole or not at all."""
+def to_yaml(config: Any) -> str:
+    """A config as YAML."""
     from omegaconf import OmegaConf
 
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Write a config as YAML, whole or not at all."""
+    write_text(path, to_yaml(config))

@@ -12,7 +12,7 @@ from swarmtune.schema import Config
 from swarmtune.train.run_dir import CONFIG, check_unfinished, unfinished_runs
 
 FREE = (
-    *("run_dir", "logger.", "callbacks.", "data.num_workers", "data.cache"),
+    *("run_dir", "name", "logger.", "callbacks.", "data.num_workers", "data.cache"),
     *("swarm.kind", "swarm.initial_peers", "swarm.patience_s", "swarm.servers", "swarm.spans", "swarm.threads", "swarm.max_in_flight"),
 )
 """Keys that a resumed run may change: they decide where and how it runs, not what it computes."""
@@ -66,7 +66,7 @@ def _automatic(words: list[str], say: Callable[[str], None]) -> Plan:
             return Plan(config, None)
         candidates = [check_unfinished(config.run_dir)]
     else:
-        candidates = unfinished_runs(config.recipe)
+        candidates = unfinished_runs(config.title)
     for folder in candidates:
         try:
             other = _deciding(load_saved(folder / CONFIG), config)

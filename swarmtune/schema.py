@@ -166,6 +166,10 @@ class DataConfig:
         _need(not self.streaming or self.cache_dir is None, "cache_dir says nothing beside data.streaming=true: a stream is not kept")
 
 
+LOCAL_ONLY = ("servers", "dtype", "threads")
+"""Keys of ``swarm`` that only mean something where servers are started here."""
+
+
 @dataclass(frozen=True)
 class SwarmConfig:
     """Which servers run the frozen blocks, and how this client talks to them."""
@@ -196,6 +200,11 @@ class SwarmConfig:
         _need(not joining or bool(self.initial_peers), "initial_peers must list at least one server of the swarm to join")
         _need(joining or not self.initial_peers, "initial_peers needs swarm=join")
         _need(not joining or self.spans is None, "spans needs swarm=local: servers of another swarm choose their own blocks")
+        for name in LOCAL_ONLY:
+            unused = joining and getattr(self, name) != getattr(type(self), name)
+            _need(not unused, f"{name} needs swarm=local: the servers of another swarm are not started here")
+        unused = self.spans is not None and self.servers != type(self).servers
+        _need(not unused, f"servers={self.servers} and swarm.spans exclude each other: each span is one server")
         _need(self.servers >= 1, f"servers must be at least 1, got {self.servers}")
         _need(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
         _need(self.spans is None or len(self.spans) > 0, 'spans must list at least one span, such as ["0:3", "3:6"]')
@@ -255,6 +264,8 @@ class LoggerConfig:
 
     def __post_init__(self) -> None:
         _need(bool(self.project.strip()), "project must not be empty")
+        for key in ("project", "entity", "name", "group", "tags"):
+            _need(self.wandb or getattr(self, key) == getattr(type(self), key), f"{key} needs logger=wandb")
         for tag in self.tags:
             _need(1 <= len(tag) <= 64, f"tags must have 1 to 64 characters each, got {tag!r}")
 
@@ -285,7 +296,7 @@ class Config:
     """One training run."""
 
     recipe: str
-    """The file of ``recipes/`` that builds the module and the data."""
+    """The Python file that builds the module and the data: a name in ``recipes/``, or an absolute path."""
     model: ModelConfig
     """Group ``model``, or ``model=<local directory or hub id>``."""
     adapter: dict[str, Any]
@@ -305,9 +316,17 @@ class Config:
     seed: int = 0
     """Seed of initial values, data order and dropout."""
     run_dir: str | None = None
-    """Where everything of this run is written; ``runs/<recipe>/<time>`` if not given."""
+    """Where everything of this run is written; ``runs/<name>/<time>`` if not given."""
+    name: str = ""
+    """What runs are filed under; the name of the recipe's YAML file if not given."""
 
     def __post_init__(self) -> None:
         _need(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
+        _need("/" not in self.name and self.name not in (".", ".."), f"name must be the name of a directory, got {self.name!r}")
         ends = self.trainer.get("fast_dev_run") or self.trainer.get("max_steps") not in (None, -1)
         _need(not self.data.streaming or bool(ends), "data.streaming needs trainer.max_steps: a stream has no end")
+
+    @property
+    def title(self) -> str:
+        """``name``, or the recipe's where a config was made without one."""
+        return self.name or self.recipe.rpartition("/")[2].removesuffix(".py")

@@ -92,7 +92,7 @@ def plan_sweep(words: Sequence[str], resume: bool = False) -> list[Trial]:
     first = load_config(combinations[0])
     if resume and first.run_dir is None:
         raise UsageError("a sweep takes resume=auto together with its run_dir=DIRECTORY")
-    base = Path(first.run_dir or ROOT / first.recipe / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep").absolute()
+    base = Path(first.run_dir or ROOT / first.title / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep").absolute()
     if not resume and (base / "sweep.json").exists():
         raise UsageError(f"run_dir: {base} already holds a sweep; give another directory, or go on with it: add resume=auto")
     varying = [index for index in range(len(combinations[0])) if len({combination[index] for combination in combinations}) > 1]

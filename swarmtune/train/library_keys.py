@@ -29,7 +29,25 @@ def trainer_flags() -> dict[str, ast.expr | None]:
     return {argument.arg: argument.annotation for argument in [*init.args.args, *init.args.kwonlyargs] if argument.arg != "self"}
 
 
-_OURS = ("callbacks", "logger", "default_root_dir")
+def peft_fields(peft_type: str) -> dict[str, ast.expr | None]:
+    """Fields of PEFT's config of a type with their annotations, read from its source; none for a type that is not known."""
+    spec = importlib.util.find_spec("peft")
+    if spec is None or spec.origin is None:
+        raise UsageError("peft is not installed")
+    package = Path(spec.origin).parent
+    own = package / "tuners" / peft_type.lower() / "config.py"
+    if not peft_type.isalnum() or not own.is_file():
+        return {}
+    found: dict[str, ast.expr | None] = {}
+    for path, wanted in ((package / "config.py", ("PeftConfigMixin", "PeftConfig")), (own, (f"{peft_type}Config".lower(),))):
+        for item in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(item, ast.ClassDef) and (item.name in wanted or item.name.lower() in wanted):
+                fields = (field for field in item.body if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name))
+                found |= {ast.unparse(field.target): field.annotation for field in fields if "init=False" not in ast.unparse(field)}
+    return found
+
+
+OURS = ("callbacks", "logger", "default_root_dir")
 """Trainer flags that have their own group here."""
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
 
@@ -42,13 +60,11 @@ def check_trainer_flags(flags: Mapping[str, Any]) -> None:
     """
     known = trainer_flags()
     for name, value in flags.items():
-        if name in _OURS:
+        if name in OURS:
             raise UsageError(f"trainer.{name} is set by swarmtune: use logger=, callbacks.* and run_dir= instead")
         if name not in known:
-            raise UsageError(
-                f"there is no key trainer.{name}{nearest(f'trainer.{name}', [f'trainer.{flag}' for flag in known if flag not in _OURS])}"
-            )
-        names = _annotation_names(known[name])
+            raise UsageError(f"there is no key trainer.{name}{nearest(f'trainer.{name}', [f'trainer.{flag}' for flag in known if flag not in OURS])}")
+        names = annotation_names(known[name])
         if names <= _SCALARS.keys() and not any(type(value) in _SCALARS[word] for word in names):
             raise UsageError(f"trainer.{name} must be {' or '.join(sorted(names))}, got {value!r}")
         if name.startswith("max_") and isinstance(value, int) and value < -1:
@@ -64,7 +80,7 @@ def check_trainer_flags(flags: Mapping[str, Any]) -> None:
             raise UsageError(f"trainer.{name}={flags[name]} is not supported: training is one process on one device (the servers do the work); use 1")
 
 
-def _annotation_names(annotation: ast.expr | None) -> set[str]:
+def annotation_names(annotation: ast.expr | None) -> set[str]:
     """The names in ``Optional[Union[int, float]]``: int, float, None; ``Any`` where there is no annotation."""
     if annotation is None:
         return {"Any"}

@@ -44,6 +44,7 @@ def test_help_takes_little_time_of_a_core(tmp_path: Path) -> None:
         (["--version"], 0, f"swarmtune {swarmtune.__version__}"),
         ([], 2, "swarmtune recipe=NAME"),
         (["srve"], 2, "swarmtune: there is no command 'srve'; did you mean serve?"),
+        ([""], 2, "swarmtune: there is no command ''; swarmtune --help lists what there is"),
         (["--hlp"], 2, "swarmtune: there is no option --hlp"),
         (["recipe=lora_blom"], 2, "swarmtune: there is no recipe 'lora_blom'"),
         (["recipe=lora_bloom", "data.batch_sise=3"], 2, "did you mean data.batch_size?"),
@@ -81,6 +82,22 @@ def test_errors_become_exit_codes(
     monkeypatch.setattr(cli, "_train", fail)
     assert cli.main(["recipe=x"]) == code
     assert capsys.readouterr().err == said
+
+
+def test_python_m_does_not_take_packages_of_the_current_directory(tmp_path: Path) -> None:
+    for name in ("conf", "recipes", "servers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
+    for words in (["ls"], ["show", "lora_bloom"], ["serve", "--help"], ["__complete", "zsh", "recipe="]):
+        done = subprocess.run(
+            [sys.executable, "-m", "swarmtune.cli", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_unexpected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
