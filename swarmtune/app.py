@@ -210,7 +210,9 @@ def _initial_peers(config: Config, spans: list[str], run_dir: Path) -> Iterator[
     _say(config, f"starting {len(spans)} server{'s' if len(spans) > 1 else ''} of {Path(path).name}, blocks {', '.join(spans)}")
     with ExitStack() as stack:
         threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
-        local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=run_dir / "servers").start()
+        local = swarmtune.LocalSwarm(
+            path, spans=spans, dtype=config.swarm.dtype.value, quantize=config.swarm.quantize.value, threads=threads, log_dir=run_dir / "servers"
+        ).start()
         stack.callback(local.close)
         _import_heavy()
 

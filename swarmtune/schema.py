@@ -20,6 +20,14 @@ class Dtype(enum.Enum):
     FLOAT16 = "float16"
 
 
+class Quantize(enum.Enum):
+    """What the linear layers of the frozen blocks hold their weights in; ``none`` is the dtype."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
 class SwarmKind(enum.Enum):
     """Where the frozen blocks run."""
 
@@ -120,6 +128,8 @@ class SwarmConfig:
     """For ``local``: the blocks of each server, such as ``["0:3", "3:6"]``, instead of an even split; a span given twice is a replica."""
     dtype: Dtype = Dtype.FLOAT32
     """For ``local``: precision of the frozen blocks."""
+    quantize: Quantize = Quantize.NONE
+    """For ``local``: ``int8`` or ``nf4`` hold the blocks in about a quarter or an eighth of float32; less exact, and not every adapter is allowed."""
     threads: int | None = None
     """For ``local``: threads of each server; if not given, the cores are shared out, because servers that compete for cores wait for each other."""
     micro_batch_tokens: int = 4096
@@ -136,6 +146,7 @@ class SwarmConfig:
         _need(not joining or bool(self.initial_peers), "initial_peers must list at least one server of the swarm to join")
         _need(joining or not self.initial_peers, "initial_peers needs swarm=join")
         _need(not joining or self.spans is None, "spans needs swarm=local: servers of another swarm choose their own blocks")
+        _need(not joining or self.quantize is Quantize.NONE, "quantize needs swarm=local: servers of another swarm choose how they hold weights")
         _need(self.servers >= 1, f"servers must be at least 1, got {self.servers}")
         _need(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
         _need(self.spans is None or len(self.spans) > 0, 'spans must list at least one span, such as ["0:3", "3:6"]')

@@ -50,11 +50,13 @@ class OpenModel:
 
     Attributes:
         dtype: what its servers compute in.
+        quantisation: ``none``, or what its servers hold the weights in.
     """
 
     chain: Chain
     directory: Directory
     dtype: str
+    quantisation: str = "none"
 
 
 class Swarm:
@@ -108,12 +110,16 @@ class Swarm:
                         raise
                     raise PeersUnreachable(f"the peers did not answer within {self.settings.patience_s:.0f} s") from error
             await asyncio.sleep(RETRY_EVERY_S)
-        dtypes = sorted({directory.known[hop.peer].info.dtype for hop in hops})
-        if len(dtypes) > 1:
-            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(dtypes)}: start them with one dtype")
+        first = directory.known[hops[0].peer].info
+        modes = sorted({directory.known[hop.peer].info.mode for hop in hops})
+        if len(modes) > 1:
+            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(modes)}: start them with one dtype and one quantize")
+        directory.keep_mode(first.mode)
+        if first.quantisation != "none":
+            logger.info("the servers compute in %s", first.mode)
         task = asyncio.create_task(self._keep_fresh(directory))
         self._tasks.add(task)
-        return OpenModel(Chain(self._transport, directory, self.settings), directory, dtypes[0])
+        return OpenModel(Chain(self._transport, directory, self.settings), directory, first.dtype, first.quantisation)
 
     async def _keep_fresh(self, directory: Directory) -> None:
         while True:

@@ -71,6 +71,7 @@ class Directory:
         self.known: dict[str, Peer] = {}
         self._others: dict[str, str] = {}
         self._agreed: dict[int, str] = {}
+        self._mode: str | None = None
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
 
@@ -86,7 +87,13 @@ class Directory:
             names = sorted((found | set(self.known)) - banned)
             for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
                 self._learn(name, answer)
+            self._leave_out_other_modes()
             self._check_weights()
+
+    def keep_mode(self, mode: str) -> None:
+        """From now on, use only servers that compute in ``mode`` (``ServerInfo.mode``): a failover must not change more than the last digits."""
+        self._mode = mode
+        self._leave_out_other_modes()
 
     def route(self, start: int, stop: int, tokens: int = 0) -> list[Hop]:
         """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible.
@@ -103,7 +110,8 @@ class Directory:
         raise self._unserved(start, stop)
 
     def _route_among(self, candidates: list[Peer], start: int, stop: int, tokens: int) -> list[Hop] | None:
-        classes = sorted({peer.info.numeric_class for peer in candidates}, key=lambda name: (name != self._numeric_class, name))
+        quantised = {peer.info.numeric_class: peer.info.quantisation != "none" for peer in candidates}
+        classes = sorted(quantised, key=lambda name: (name != self._numeric_class, quantised[name], name))
         for numeric_class in classes:
             hops = _cheapest([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens)
             if hops is not None:
@@ -183,6 +191,14 @@ class Directory:
             self._others[peer.name] = "other weights"
             logger.warning("%s: leaving out %s", sentence, peer.name)
         self._agreed = agreed
+
+    def _leave_out_other_modes(self) -> None:
+        """Once a run has begun in one mode, servers of another one are strangers."""
+        for peer in [peer for peer in self.known.values() if self._mode not in (None, peer.info.mode)]:
+            del self.known[peer.name]
+            if self._others.get(peer.name) != peer.info.mode:
+                logger.warning("peer %s computes in %s, this run in %s: leaving it out", peer.name, peer.info.mode, self._mode)
+            self._others[peer.name] = peer.info.mode
 
     def _unserved(self, start: int, stop: int) -> BlocksUnserved:
         trusted = sorted((peer for peer in self.known.values() if not peer.faults), key=lambda peer: (peer.info.span, peer.name))
