@@ -173,4 +173,4 @@ def _left(group: Path, limit_name: str, usage_name: str, cache_key: str) -> int 
 
 
 def _gib(count: int) -> str:
-    return f"{count / GIB:.2f}"
+    return f"{count / GIB:.2f}" if count >= GIB // 10 else f"{count / GIB:.2g}"  # a small model takes more than 0.00
