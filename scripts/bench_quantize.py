@@ -169,4 +169,4 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
 def keep(table: str) -> None:
     """Put the tables in the place of the former ones in docs/quantization.md."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}{table}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
