@@ -133,7 +133,7 @@ async def _serve(config: ServeConfig, parent: Parent | None) -> None:
         from servers.announce import announce_forever
 
         announcing = asyncio.create_task(announce_forever(node, directory, config.initial_peers, lambda: handler.info))
-        logger.info("serving blocks %s of %s in %s at %s", span.span, config.model, info.dtype, " ".join(node.addresses))
+        logger.info("serving blocks %s of %s in %s at %s", span.span, config.model, info.mode, " ".join(node.addresses))
         if parent is not None:
             parent.tell(peer=node.peer_id, addresses=list(node.addresses))
         await _until_told(handler, announcing, node.daemon_ended)
@@ -148,6 +148,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     import torch
 
     import swarmtune
+    from servers.memory import check_fits, estimate
     from servers.numeric import numeric_class, numeric_facts
     from servers.span import Span
     from servers.weights import load_blocks
@@ -162,13 +163,20 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     site = check_identity(model_config)
     blocks = check_span(BlockSpan.parse(config.blocks), site.num_blocks)
     dtype = stored_dtype(model_config) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
+    quantise = config.quantize.value
+    if dtype is torch.float16 and device.type == "cpu":
+        logger.warning("float16 is many times slower than float32 on a CPU (docs/quantization.md): use dtype=bfloat16")
+    need = estimate(model_config, site, blocks, dtype, quantise, device, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
+    check_fits(need, blocks, device, refuse=config.memory_check)
     began = time.monotonic()
     weights = load_blocks(
-        config.model, model_config, site, blocks, dtype, device, lambda done, total: logger.info("loaded block %d of %d", done, total)
+        config.model, model_config, site, blocks, dtype, device, lambda done, total: logger.info("loaded block %d of %d", done, total), quantise
     )
     logger.info("blocks %s loaded in %.1f s", blocks, time.monotonic() - began)
+    if quantise != "none":
+        logger.info("weights are held in %s: the largest error of a matrix is %.2g of its norm", quantise, weights.error)
     digest = config_digest(model_config)
-    facts = numeric_facts(model_config, digest, dtype, device)
+    facts = numeric_facts(model_config, digest, dtype, device, quantise)
     info = ServerInfo(
         model=digest,
         num_blocks=site.num_blocks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from swarmtune.schema import Dtype
+from swarmtune.schema import Dtype, Quantize
 from swarmtune.types import BlockSpan
 
 
@@ -19,6 +19,10 @@ class ServeConfig:
     """The blocks to hold, half-open and quoted: ``"0:4"`` is blocks 0, 1, 2, 3."""
     dtype: Dtype = Dtype.AUTO
     """Precision of the blocks; ``auto`` is the one that the model is stored in."""
+    quantize: Quantize = Quantize.NONE
+    """What the linear layers of the blocks hold their weights in: ``none`` (the dtype), ``int8`` or ``nf4``, by bitsandbytes."""
+    memory_check: bool = True
+    """Refuse to load blocks that cannot fit into the memory that is free; ``false`` loads them all the same."""
     device: str = "auto"
     """``auto`` takes a GPU where there is one; otherwise ``cpu``, ``cuda`` or ``cuda:N``."""
     initial_peers: tuple[str, ...] = ()

@@ -12,16 +12,18 @@ from transformers import PretrainedConfig
 from swarmtune.wire.frames import dump_json
 
 
-def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, device: torch.device, quantisation: str = "none") -> dict[str, str]:
     """What decides the bits of a result, for people to compare."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} mkldnn={torch.backends.mkldnn.is_available()}"
+    library = {} if quantisation == "none" else {"bitsandbytes": version("bitsandbytes")}
     return {
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
-        "quantisation": "none",
+        "quantisation": quantisation,
+        **library,
         "device": device.type,
         "hardware": hardware,
         "torch": torch.__version__,

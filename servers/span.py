@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
 from servers.weights import BlockWeights
-from swarmtune.adapters.tuners import injected_skeleton, wire_name
+from swarmtune.adapters.tuners import check_over_quantised, injected_skeleton, wire_name
 from swarmtune.errors import KwargError, NonFinite
 from swarmtune.skeleton import LayerSite, build_skeleton, call_span, hidden_size, init_buffers, truncate
 from swarmtune.types import BlockSpan
@@ -37,7 +37,7 @@ class Program:
         parent: the module that loops over the layers.
         layers: its layers, one per block of the span.
         tuner: per block, the name as it travels to the name in ``parent``, for each tensor of the injected tuner.
-        frozen: per block, the name within the block to the name in ``parent``, for each frozen parameter.
+        frozen: per block, the name within the block to the name in ``parent``, for each frozen parameter that is not quantised.
     """
 
     parent: nn.Module
@@ -120,13 +120,18 @@ class Span:
         return program
 
     def _build(self, span: BlockSpan, adapter: AdapterSpec | None) -> Program:
-        model: PreTrainedModel = build_skeleton(self.config) if adapter is None else injected_skeleton(self.config, adapter)
+        if adapter is not None:
+            check_over_quantised(str(adapter.config.get("peft_type")), self.weights.quantisation, str(self.dtype).removeprefix("torch."))
+            model: PreTrainedModel = injected_skeleton(self.config, adapter, lambda model: self.weights.prepare(model, self.site))
+        else:
+            self.weights.prepare(model := build_skeleton(self.config), self.site)
         parent = truncate(model, self.site, span.start, span.stop)
         layers = getattr(parent, self.site.attribute)
         tuner: dict[int, dict[str, str]] = {}
         frozen: dict[int, dict[str, str]] = {}
         for position, layer in enumerate(layers):
             block = span.start + position
+            self.weights.lend(block, layer)
             tuner[block], frozen[block] = _share(layer, self.weights.blocks[block], f"{self.site.attribute}.{position}.")
         init_buffers(parent, model, self.device)
         return Program(parent.eval(), layers, tuner, frozen)
@@ -183,6 +188,8 @@ class Span:
             full_name = program.tuner[block].get(name)
         else:
             raise KwargError(f"kwarg {kwarg.name!r:.100} is no argument, parameter, adapter tensor or prompt of a block")
+        if full_name is None and family == "param" and name in dict(self.weights.blocks[block].named_parameters()):
+            raise KwargError(f"block {block} holds {name} in {self.weights.quantisation}, and nothing can stand in for it: use quantize=none")
         if full_name is None:
             raise KwargError(f"block {block} has no parameter {name!r:.200} (kwarg {kwarg.name:.200})")
         if full_name in bound.replacements:
@@ -250,7 +257,8 @@ def _share(layer: nn.Module, block: nn.Module, prefix: str) -> tuple[dict[str, s
         if plain in weights:
             owner_name, _, leaf = name.rpartition(".")
             layer.get_submodule(owner_name)._parameters[leaf] = weights[plain]  # type: ignore[assignment]
-            frozen[plain] = prefix + name
+            if weights[plain].is_floating_point():  # what is quantised is borrowed with its layer, and means nothing alone
+                frozen[plain] = prefix + name
         else:
             tuner[wire_name(name)] = prefix + name
     for name, buffer in block.named_buffers():

@@ -315,8 +315,14 @@ def initial_peers(config: Config, spans: list[str], log_dir: Path) -> Iterator[C
         return
     path = resolve_path(config.model.path)
     _say(config, f"starting {len(spans)} server{'s' if len(spans) > 1 else ''} of {Path(path).name}, blocks {', '.join(spans)}")
-    threads = config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans))
-    local = swarmtune.LocalSwarm(path, spans=spans, dtype=config.swarm.dtype.value, threads=threads, log_dir=log_dir)
+    local = swarmtune.LocalSwarm(
+        path,
+        spans=spans,
+        dtype=config.swarm.dtype.value,
+        quantize=config.swarm.quantize.value,
+        threads=config.swarm.threads or max(1, (os.cpu_count() or 1) // len(spans)),
+        log_dir=log_dir,
+    )
     try:
         local.start()
         _import_heavy()

@@ -30,6 +30,7 @@ STOP_TIMEOUT_S = 35.0
 CLOSE_TIMEOUT_S = 5.0
 HOST = "127.0.0.1"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", "int8", "nf4")
 
 
 class LocalServer:
@@ -202,6 +203,7 @@ class LocalSwarm:
         spans: Sequence[str],
         *,
         dtype: str = "auto",
+        quantize: str = "none",
         device: str = "auto",
         threads: int | None = None,
         log_dir: str | os.PathLike[str] | None = None,
@@ -212,6 +214,7 @@ class LocalSwarm:
             model: local directory or hub id.
             spans: blocks of each server, such as ``["0:4", "4:8"]``; a span given twice is a replica.
             dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+            quantize: ``none``, ``int8`` or ``nf4``: what the linear layers of the blocks are held in.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             threads: of computation, per server; all cores if not given.
             log_dir: where each server's log goes; without it logs are kept only until the servers end.
@@ -223,6 +226,8 @@ class LocalSwarm:
             raise UsageError('spans must be a list of at least one span, such as ["0:4", "4:8"]')
         if dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if quantize not in QUANTIZE:
+            raise UsageError(f"quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UsageError(f"threads must be a positive integer or None, got {threads!r}")
         path = os.fspath(model)
@@ -230,6 +235,7 @@ class LocalSwarm:
         self.words = [
             f"model={_quoted(path)}",
             f"dtype={dtype}",
+            f"quantize={quantize}",
             f"device={_quoted(device)}",
             f"threads={threads if threads is not None else 'null'}",
         ]

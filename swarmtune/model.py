@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from swarmtune.adapters.adapter import PeftAdapter, load_adapter
+from swarmtune.adapters.tuners import check_over_quantised
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.remote.body import RemoteBody
 from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, hidden_size, init_buffers, load_config
@@ -108,6 +109,8 @@ def load_causal_lm(
     site = check_identity(config)
     own = _make_adapter(adapter, config, name)
     opened = swarm.open_model(config_digest(config), site.num_blocks)
+    if own is not None:
+        check_over_quantised(own.spec.config["peft_type"], opened.quantisation, opened.dtype)
     element_type = _dtype(dtype if dtype is not None else opened.dtype)
     body = RemoteBody(swarm.loop, opened.chain, site.num_blocks, hidden_size(config))
     loaded = _load_ends(name, config, site, element_type, torch.device(device))

@@ -22,6 +22,14 @@ class Dtype(enum.Enum):
     FLOAT16 = "float16"
 
 
+class Quantize(enum.Enum):
+    """What the linear layers of the frozen blocks hold their weights in; ``none`` is the dtype."""
+
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
 class SwarmKind(enum.Enum):
     """Where the frozen blocks run."""
 
@@ -166,7 +174,7 @@ class DataConfig:
         _need(not self.streaming or self.cache_dir is None, "cache_dir says nothing beside data.streaming=true: a stream is not kept")
 
 
-LOCAL_ONLY = ("servers", "dtype", "threads")
+LOCAL_ONLY = ("servers", "dtype", "quantize", "threads")
 """Keys of ``swarm`` that only mean something where servers are started here."""
 
 
@@ -184,6 +192,8 @@ class SwarmConfig:
     """For ``local``: the blocks of each server, such as ``["0:3", "3:6"]``, instead of an even split; a span given twice is a replica."""
     dtype: Dtype = Dtype.FLOAT32
     """For ``local``: precision of the frozen blocks."""
+    quantize: Quantize = Quantize.NONE
+    """For ``local``: ``int8`` or ``nf4`` hold the blocks in about a quarter or an eighth of float32; less exact, and not every adapter is allowed."""
     threads: int | None = None
     """For ``local``: threads of each server; if not given, the cores are shared out, because servers that compete for cores wait for each other."""
     micro_batch_tokens: int = 4096

@@ -55,11 +55,13 @@ class OpenModel:
 
     Attributes:
         dtype: what its servers compute in.
+        quantisation: ``none``, or what its servers hold the weights in.
     """
 
     chain: Chain
     directory: Directory
     dtype: str
+    quantisation: str = "none"
 
 
 class Swarm:
@@ -130,13 +132,16 @@ class Swarm:
                     raise PeersUnreachable(f"the peers did not answer within {self.settings.patience_s:.0f} s") from error
             await asyncio.sleep(RETRY_EVERY_S)
         infos = {hop.peer: directory.known[hop.peer].info for hop in hops}
-        dtypes = sorted({info.dtype for info in infos.values()})
-        if len(dtypes) > 1:
-            who = "; ".join(f"{label(peer, info)} in {info.dtype}" for peer, info in infos.items())
-            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(dtypes)} ({who}): start them with one dtype")
+        first, modes = infos[hops[0].peer], sorted({info.mode for info in infos.values()})
+        if len(modes) > 1:
+            who = "; ".join(f"{label(peer, info)} in {info.mode}" for peer, info in infos.items())
+            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(modes)} ({who}): start them with one dtype and one quantize")
+        directory.keep_mode(first.mode)
+        if first.quantisation != "none":
+            logger.info("the servers compute in %s", first.mode)
         task = asyncio.create_task(self._keep_fresh(directory))
         self._tasks.add(task)
-        return OpenModel(Chain(self._transport, directory, self.settings), directory, dtypes[0])
+        return OpenModel(Chain(self._transport, directory, self.settings), directory, first.dtype, first.quantisation)
 
     async def _keep_fresh(self, directory: Directory) -> None:
         while True:

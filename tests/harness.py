@@ -131,12 +131,16 @@ class HandlerDiscovery:
         return set(self._transport.handlers)
 
 
-def make_handler(path: Path, blocks: str, dtype: torch.dtype = torch.float32, executor: Executor | None = None) -> CallHandler:
+def make_handler(
+    path: Path, blocks: str, dtype: torch.dtype = torch.float32, executor: Executor | None = None, quantise: str = "none"
+) -> CallHandler:
     config = load_config(str(path))
     site, span, device = check_identity(config), BlockSpan.parse(blocks), torch.device("cpu")
-    weights = load_blocks(str(path), config, site, span, dtype, device)
+    weights = load_blocks(str(path), config, site, span, dtype, device, quantise=quantise)
     name = str(dtype).removeprefix("torch.")
-    info = ServerInfo(config_digest(config), site.num_blocks, span, weights.digests, name, f"class-{name}", {}, "test", f"server of {blocks}")
+    numeric = {"quantisation": quantise}
+    numeric_class = f"class-{name}" if quantise == "none" else f"class-{name}-{quantise}"
+    info = ServerInfo(config_digest(config), site.num_blocks, span, weights.digests, name, numeric_class, numeric, "test", f"server of {blocks}")
     return CallHandler(info, Span(config, site, span, weights, dtype, device), executor or Executor().start())
 
 
@@ -146,6 +150,7 @@ def loopback(
     spans: Sequence[str] = ("0:2", "2:4"),
     *,
     dtype: torch.dtype = torch.float32,
+    quantise: str = "none",
     faults: Faults | None = None,
     handlers: Mapping[str, CallHandler] | None = None,
     **settings: Any,
@@ -153,7 +158,7 @@ def loopback(
     """A swarm in this process: real frames, real handlers, no network."""
     own = [Executor().start() for _ in spans] if handlers is None else []
     if handlers is None:
-        handlers = {f"peer{number}": make_handler(path, span, dtype, own[number]) for number, span in enumerate(spans)}
+        handlers = {f"peer{number}": make_handler(path, span, dtype, own[number], quantise) for number, span in enumerate(spans)}
     transport = FaultyTransport(handlers, faults or Faults())
     loop = LoopThread().start()
     try:

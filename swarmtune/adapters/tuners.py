@@ -91,6 +91,34 @@ _TUNERS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Mapping[str, A
 }
 
 
+OVER_QUANTISED: Mapping[str, Mapping[str, frozenset[str]]] = {
+    "LORA": {"int8": frozenset({"float32", "bfloat16", "float16"}), "nf4": frozenset({"float32", "bfloat16", "float16"})},
+    "IA3": {"int8": frozenset({"float32"}), "nf4": frozenset({"float32"})},  # PEFT's layers return float32 whatever comes in: bodies in half fail
+}
+"""PEFT type to quantisation to the served dtypes in which it was seen to equal a local PEFT model over the same quantised layers, gradients included
+(tests/corridor/test_quantised.py). What is not listed is refused: some types ignore that their base is quantised, and are silently wrong."""
+
+
+def check_over_quantised(kind: str, quantisation: str, dtype: str) -> None:
+    """Refuse a PEFT type that is not known to be right over bases quantised in this way.
+
+    Args:
+        kind: PEFT's name of the type, such as ``LORA``.
+        quantisation: ``none``, ``int8``, ``nf4`` or what a newer server may say.
+        dtype: in which the servers compute, such as ``float32``.
+
+    Raises:
+        AdapterUnsupported: with what is allowed there.
+    """
+    if quantisation == "none" or dtype in OVER_QUANTISED.get(kind, {}).get(quantisation, ()):
+        return
+    allowed = sorted(other for other, modes in OVER_QUANTISED.items() if dtype in modes.get(quantisation, ()))
+    raise AdapterUnsupported(
+        f"adapters of type {kind} are not known to be right over blocks held in {quantisation} and computed in {dtype}: use "
+        + (f"{' or '.join(allowed)}, or servers with quantize=none" if allowed else "servers with quantize=none")
+    )
+
+
 def check_type(kind: str) -> None:
     """Refuse a PEFT type that cannot be trained through the swarm.
 
@@ -214,8 +242,10 @@ def rebuild(spec: AdapterSpec) -> PeftConfig:
     return _TUNERS[kind][1](spec.config, modules)
 
 
-def injected_skeleton(model_config: PretrainedConfig, spec: AdapterSpec) -> PreTrainedModel:
+def injected_skeleton(model_config: PretrainedConfig, spec: AdapterSpec, prepare: Callable[[PreTrainedModel], None] | None = None) -> PreTrainedModel:
     """A meta skeleton of the whole model with the tuner's layers in it, for a server.
+
+    ``prepare`` is called with the skeleton before: it may put quantised layers into it, for which PEFT has layers of its own.
 
     Raises:
         WireError: the configuration does not fit the model.
@@ -226,6 +256,8 @@ def injected_skeleton(model_config: PretrainedConfig, spec: AdapterSpec) -> PreT
     unknown = [module for module in spec.config["modules"] if module not in names]
     if unknown:
         raise WireError(f"the model has no module {unknown[0]!r}")
+    if prepare is not None:
+        prepare(model)
     try:
         with torch.device("meta"):
             base = cast(PreTrainedModel, inject(model, config).get_base_model())

@@ -77,6 +77,8 @@ class Directory:
         self._left_out: dict[str, ServerInfo] = {}
         self._told_classes = False
         self._agreed: dict[int, str] = {}
+        self._other_modes: dict[str, ServerInfo] = {}
+        self._mode: str | None = None
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
 
@@ -101,8 +103,15 @@ class Directory:
             names = sorted((found | set(self.known)) - banned)
             for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
                 self._learn(name, answer)
+            self._leave_out_other_modes()
             self._check_weights()
             self._tell_classes()
+
+    def keep_mode(self, mode: str) -> None:
+        """From now on, use only servers that compute in ``mode`` (``ServerInfo.mode``): a failover must not change more than the last digits."""
+        self._mode = mode
+        self._leave_out_other_modes()
+        self._tell_classes()
 
     def route(self, start: int, stop: int, tokens: int = 0) -> list[Hop]:
         """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible.
@@ -119,7 +128,8 @@ class Directory:
         raise self._unserved(start, stop)
 
     def _route_among(self, candidates: list[Peer], start: int, stop: int, tokens: int) -> list[Hop] | None:
-        classes = sorted({peer.info.numeric_class for peer in candidates}, key=lambda name: (name != self._numeric_class, name))
+        quantised = {peer.info.numeric_class: peer.info.quantisation != "none" for peer in candidates}
+        classes = sorted(quantised, key=lambda name: (name != self._numeric_class, quantised[name], name))
         for numeric_class in classes:
             hops = _cheapest([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens)
             if hops is not None:
@@ -214,7 +224,7 @@ class Directory:
         """Say once that failover between these servers can change the last digits, and why."""
         infos = self._infos()
         count = len({info.numeric_class for info in infos.values()})
-        if count < 2 or self._told_classes:
+        if self._mode is None or count < 2 or self._told_classes:
             return
         self._told_classes = True
         logger.warning(
@@ -223,6 +233,14 @@ class Directory:
             count,
             numeric_sentence(infos),
         )
+
+    def _leave_out_other_modes(self) -> None:
+        """Once a run has begun in one mode, servers of another one are strangers."""
+        for peer in [peer for peer in self.known.values() if self._mode not in (None, peer.info.mode)]:
+            del self.known[peer.name]
+            if peer.name not in self._other_modes or self._other_modes[peer.name].mode != peer.info.mode:
+                logger.warning("server %s computes in %s, this run in %s: leaving it out", label(peer.name, peer.info), peer.info.mode, self._mode)
+            self._other_modes[peer.name] = peer.info
 
     def _unserved(self, start: int, stop: int) -> BlocksUnserved:
         trusted = sorted((peer for peer in self.known.values() if not peer.faults), key=lambda peer: (peer.info.span, peer.name))
@@ -234,7 +252,10 @@ class Directory:
             detail += f" (the swarm holds other models: {models_sentence(self._others)}; this model is {self.model} with {self.num_blocks} blocks)"
         if self._left_out:
             detail += f" (left out for other weights: {', '.join(sorted(label(name, info) for name, info in self._left_out.items()))})"
-        if self._others or self._left_out:
+        if self._other_modes:
+            modes = sorted(f"{label(name, info)} in {info.mode}" for name, info in self._other_modes.items())
+            detail += f" (this run computes in {self._mode}; left out: {', '.join(modes)})"
+        if self._others or self._left_out or self._other_modes:
             detail += "; swarmtune doctor --peer ADDRESS lists who serves what"
         return BlocksUnserved(detail, tuple(missing))
 

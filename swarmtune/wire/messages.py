@@ -354,6 +354,16 @@ class ServerInfo:
     name: str = ""
     rate_tok_s: int = 0
 
+    @property
+    def quantisation(self) -> str:
+        """How it holds the weights: ``none``, or a mode such as ``int8``."""
+        return self.numeric.get("quantisation", "none")
+
+    @property
+    def mode(self) -> str:
+        """What decides more than the last digits of a result: the dtype, and what the weights are held in."""
+        return self.dtype if self.quantisation == "none" else f"{self.dtype} over {self.quantisation} weights"
+
     def to_json(self) -> dict[str, Any]:
         """Plain fields."""
         fields = asdict(self)

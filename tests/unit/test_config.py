@@ -8,7 +8,7 @@ import conf
 from swarmtune import schema
 from swarmtune.config import compose, load_config, options, resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
-from swarmtune.schema import Config, Dtype
+from swarmtune.schema import Config, Dtype, Quantize
 from swarmtune.train.library_keys import check_trainer_flags, peft_config, trainer_flags
 
 CONF = Path(conf.__file__).parent
@@ -90,6 +90,8 @@ SENTENCES = {
     f"{RECIPE} swarm.spans=[248]": "swarm.spans[0] must be text, got 248 (quote it",
     f"{RECIPE} swarm.spans=[3:3]": "swarm.spans: a block span must satisfy 0 <= start < stop, got 3:3",
     f"{RECIPE} swarm.dtype=fp8": "swarm.dtype must be one of auto, float32, bfloat16, float16, got 'fp8'",
+    f"{RECIPE} swarm.quantize=int4": "swarm.quantize must be one of none, int8, nf4, got 'int4'",
+    f"{RECIPE} swarm=join swarm.initial_peers=[x] swarm.quantize=int8": "swarm.quantize needs swarm=local",
     f"{RECIPE} trainer.max_step=3": "there is no key trainer.max_step; did you mean trainer.max_steps?",
     f"{RECIPE} trainer.max_steps=many": "trainer.max_steps must be int, got 'many'",
     f"{RECIPE} trainer.max_steps=-2": "trainer.max_steps must be -1 (no limit) or at least 0, got -2",
@@ -125,11 +127,20 @@ def test_a_wrong_word_is_refused_in_one_sentence(words: str) -> None:
 
 
 def test_values_reach_their_keys() -> None:
-    words = ["optimizer.lr=5e-4", "swarm.spans=[0:2,2:6]", "swarm.dtype=bfloat16", "trainer.max_steps=7", "adapter.r=4", "adapter.use_rslora=true"]
+    words = [
+        "optimizer.lr=5e-4",
+        "swarm.spans=[0:2,2:6]",
+        "swarm.dtype=bfloat16",
+        "swarm.quantize=nf4",
+        "trainer.max_steps=7",
+        "adapter.r=4",
+        "adapter.use_rslora=true",
+    ]
     found = load_config([RECIPE, *words, "trainer.limit_val_batches=0.5", "data.batch_size=1e1", "~trainer.gradient_clip_val"])
     assert found.optimizer.lr == 5e-4
     assert found.swarm.spans == ("0:2", "2:6")
     assert found.swarm.dtype is Dtype.BFLOAT16
+    assert found.swarm.quantize is Quantize.NF4
     assert found.trainer["max_steps"] == 7
     assert found.trainer["limit_val_batches"] == 0.5
     assert "gradient_clip_val" not in found.trainer

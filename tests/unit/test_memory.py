@@ -1,0 +1,71 @@
+"""What is free, and what is refused before it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from servers.memory import MemoryNeed, _available, _free_in_group, check_fits, free_bytes
+from swarmtune.errors import UsageError
+from swarmtune.types import BlockSpan
+
+CPU, SPAN, GIB = torch.device("cpu"), BlockSpan(0, 4), 1 << 30
+
+
+def test_blocks_that_cannot_fit_are_refused_with_what_to_do_unless_one_insists(caplog: pytest.LogCaptureFixture) -> None:
+    need = MemoryNeed(weights=1 << 55, loading=GIB, work=3 * GIB)
+    with pytest.raises(
+        UsageError, match=r"loading blocks 0:4 takes about 33554433.00 GiB and \d+\.\d\d GiB are free on cpu: serve fewer blocks="
+    ) as caught:
+        check_fits(need, SPAN, CPU)
+    assert "memory_check=false" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with caplog.at_level(logging.INFO):
+        check_fits(need, SPAN, CPU, refuse=False)
+    assert "blocks 0:4 need about 33554435.00 GiB (weights 33554432.00, work 3.00 at most); " in caplog.text
+
+
+def test_work_that_may_not_fit_is_a_warning_and_what_fits_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    check_fits(MemoryNeed(1, 1, 1 << 55), SPAN, CPU)
+    assert "the largest call allowed may not fit into memory: lower max_tokens or max_sequence" in caplog.text
+    caplog.clear()
+    check_fits(MemoryNeed(1, 1, 1), SPAN, CPU)
+    assert not caplog.records
+
+
+def test_what_is_free_here_is_known_and_plausible() -> None:
+    found = free_bytes(CPU)
+    assert found is not None
+    assert 1 << 20 < found < 1 << 50
+
+
+def test_available_memory_is_read_from_the_kernel_and_is_unknown_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemFree:  10 kB\nMemAvailable:   40 kB\n")
+    assert _available(tmp_path / "meminfo") == 40 * 1024
+    assert _available(tmp_path / "absent") is None
+
+
+def group(path: Path, version: int, limit: str, usage: int, cache: int) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (path / names[0]).write_text(f"{limit}\n")
+    (path / names[1]).write_text(f"{usage}\n")
+    (path / "memory.stat").write_text(f"anon 1\n{'inactive_file' if version == 2 else 'total_inactive_file'} {cache}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_control_group_counts_and_its_file_cache_does_not(tmp_path: Path, version: int) -> None:
+    membership, root = tmp_path / "cgroup", tmp_path / "fs"
+    membership.write_text("4:cpu:/\n0::/a/b\n" if version == 2 else "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n")
+    top = root if version == 2 else root / "memory"
+    assert _free_in_group(membership, root) is None
+    group(top / "a" / "b", version, "max" if version == 2 else str(1 << 62), 5, 0)
+    assert _free_in_group(membership, root) is None
+    group(top / "a", version, "1000", 700, 200)
+    assert _free_in_group(membership, root) == 500
+    group(top, version, "400", 300, 0)
+    assert _free_in_group(membership, root) == 100
+    assert _free_in_group(tmp_path / "absent", root) is None
