@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import lzma
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from swarmtune.app import check_data, train
+from swarmtune.config import load_config
 from swarmtune.errors import UsageError
 from swarmtune.train import sources
 from swarmtune.train.cache import TokenCache, default_folder
@@ -486,3 +490,44 @@ def test_memory_of_a_stream_is_bounded_by_its_buffer(tmp_path: Path) -> None:
         patch.setattr(sources.DatasetSource, "_rows", counted)
         take(stream(path), 2)
     assert 0 < read_rows < 2000
+
+
+# --- the document ------------------------------------------------------------------------------------------------------------
+
+COMMANDS = re.findall(r"^swarmtune (recipe=.*)$", (Path(__file__).parents[2] / "docs" / "data.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_document_find_and_read_their_data(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.jsonl").write_text('{"text": "a note", "question": "why"}\n')
+    Path("questions.csv").write_text("question,answer\nwhy,therefore\n")
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("a note\n\nanother")
+    datasets_folder = write(tmp_path, "splits").rename("saved")
+    config = load_config([*shlex.split(command), *([] if "saved" not in command else ["data.text_column=body"])])
+    assert datasets_folder.exists()
+    if "org/name" in command:
+        assert config.data.path == "org/name"
+    else:
+        check_data(config)
+
+
+def test_a_template_on_the_command_line_is_taken_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("q,a\n1,2\n")
+    words = ["recipe=lora_bloom", "data=a.csv", r"data.text_template=Q: {q}, ${x}\n{{A: {a}"]
+    assert load_config([*words[:2], r"data.text_template=Q: {q}, [x]\n{{A: {a}"]).data.text_template == "Q: {q}, [x]\n{{A: {a}"
+    with pytest.raises(UsageError, match=r"there is no column 'x'; there are: q, a"):
+        check_data(load_config(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [("data.text_column=body", "there is no column 'body'; there are: q, a"), ("data.split=x", "has no splits")]
+)
+def test_a_run_is_refused_before_its_directory_is_made(words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("q,a\n1,2\n")
+    with pytest.raises(UsageError, match=sentence):
+        train(load_config(["recipe=lora_bloom", "data=a.csv", words]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]

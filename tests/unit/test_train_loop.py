@@ -21,7 +21,8 @@ from swarmtune import app
 from swarmtune.config import load_config
 from swarmtune.errors import NonFinite, UsageError
 from swarmtune.train.callbacks import Meter
-from swarmtune.train.data import TextDataModule, python_topics
+from swarmtune.train.data import TextDataModule
+from swarmtune.train.documents import python_topics
 from swarmtune.train.module import CausalLMModule
 
 WORDS = 61
