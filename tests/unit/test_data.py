@@ -175,6 +175,21 @@ def test_local_data_of_every_layout_is_read_and_has_an_identity(kind: str, tmp_p
         assert read(source.path, split="test") == TEXTS[:1]
 
 
+def test_a_directory_with_a_card_has_the_configurations_and_splits_that_it_says(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: a.jsonl\n  - split: test\n    path: b.jsonl\n"
+        "- config_name: fr\n  data_files: c.jsonl\n---\n"
+    )
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": name}) + "\n")
+    assert read(tmp_path, name="en") == ["a"]
+    assert read(tmp_path, name="en", split="test") == ["b"]
+    assert read(tmp_path, name="fr") == ["c"]
+    for options, sentence in [({}, "Config name is missing"), ({"name": "de"}, "'de' not found"), ({"name": "en", "split": "dev"}, "Bad split: dev")]:
+        with pytest.raises(UsageError, match=sentence):
+            DatasetSource(str(tmp_path), "body", **options).check()
+
+
 def test_a_text_file_is_read_by_paragraph_alone_and_in_a_directory(tmp_path: Path) -> None:
     path = tmp_path / "notes (1), [a].txt"
     path.write_text("one\ntwo\n\nthree\n")
@@ -351,6 +366,12 @@ def test_validation_text_may_come_from_another_split_or_file(tmp_path: Path, cap
     assert "1 of 1 validation documents stand in the training text too" in caplog.text
     assert 0 < len(tokens(from_file)["val"]) < len(tokens(from_file)["train"])
     assert len(module(write(tmp_path, "jsonl"), validation_fraction=0.5, validation_windows=2).windows["val"]) == 2
+
+
+def test_validation_batches_take_no_random_number(tmp_path: Path) -> None:
+    loader, before = module(write(tmp_path, "jsonl"), cache=False).val_dataloader(), torch.get_rng_state()
+    assert len(list(loader)) > 0
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_fingerprint_is_that_of_the_training_windows(tmp_path: Path) -> None:
