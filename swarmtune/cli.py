@@ -47,7 +47,8 @@ Recipes: {recipes}   (or recipe=FILE.yaml, a recipe of your own: swarmtune cp ma
 
 Often changed:
   model=PATH|ID                a local directory in Hugging Face layout, or a hub id   (default: the pocket BLOOM that comes along)
-  data=PATH|ID                 a json, jsonl, parquet, csv or text file, a directory, or a hub id   (default: Python's help topics)
+  data=PATH|ID                 a json, jsonl, parquet, csv or text file, a pattern, a directory, or a hub id   (default: Python's help topics)
+  data.text_column=text        or data.text_template='{{question}} {{answer}}'; data.streaming=true; docs/data.md has the rest
   adapter=PATH                 go on from a saved PEFT directory
   adapter.r=16                 any field of PEFT's config
   optimizer.lr=1e-3            optimizer.schedule=cosine|linear|constant, optimizer.warmup_steps=10

@@ -75,7 +75,9 @@ def pass_seed(seed: int, epoch: int) -> int:
 class ResumableLoader:
     """What Lightning trains on: one pass over the batches for each iteration, resumable at any batch.
 
-    Lightning keeps ``state_dict`` in a checkpoint and gives it back before the first batch of a resumed run. It names the epoch through ``sampler``.
+    Lightning keeps ``state_dict`` in a checkpoint and gives it back before the first batch of a resumed run. Of a checkpoint at the end of an epoch
+    it may give nothing back but the number of the next epoch, through ``sampler``. That number cannot be trusted otherwise: an epoch that
+    ``max_steps`` broke off is counted as whole, yet gone on with.
 
     Args:
         batches: the sequence; its ``per_epoch`` batches make an iteration. Where that is not known, an iteration goes on where the last one stopped.
@@ -90,7 +92,7 @@ class ResumableLoader:
         self.length: int | None = batches.per_epoch if length is None else length
         self._before: Position = batches.start
         self._after: Position = batches.start
-        self._continues = True  # the next iteration begins at `_after`, not at the pass behind it
+        self._continues = self._counts_alone = False  # after a position was loaded: go on there, and do not listen to Lightning's epochs
         self._taken, self._trained_before = 0, 0
         self._iterator: Any = None  # under this name Lightning finds it and stops its workers
         self._iterator_at: Position | None = None
@@ -115,11 +117,12 @@ class ResumableLoader:
     def _begin(self) -> None:
         """Choose where this iteration begins, and have an iterator that stands there."""
         epoch, done = self._after
-        if self.batches.per_epoch is not None and (not self._continues or done >= self.batches.per_epoch):
+        self._taken, self._trained_before = 0, self.trained() if self.trained is not None else done
+        epoch_is_over = done > 0 and (not self._continues or self._trained_before == 0)
+        if self.batches.per_epoch is not None and (epoch_is_over or done >= self.batches.per_epoch):
             epoch, done = epoch + 1, 0
         self._before = self._after = (epoch, done)
         self._continues = False
-        self._taken, self._trained_before = 0, self.trained() if self.trained is not None else 0
         if self._iterator is not None and self._iterator_at == self._after:
             return
         self.close()
@@ -148,11 +151,10 @@ class ResumableLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration be pass ``epoch``; a stream goes on where it is, whatever Lightning counts."""
+        """Have the next iteration be pass ``epoch``, unless a position was loaded; a stream goes on where it is in any case."""
         self._taken = 0
-        if self.batches.per_epoch is not None and epoch != self._after[0]:
+        if self.batches.per_epoch is not None and not self._counts_alone:
             self._before = self._after = (epoch, 0)
-            self._continues = True
 
     def state_dict(self) -> dict[str, int]:
         """The position behind the last batch that was trained."""
@@ -163,7 +165,8 @@ class ResumableLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; the next iteration begins there."""
         self._before = self._after = (int(state["epoch"]), int(state["batches"]))
-        self._continues, self._taken = True, 0
+        self._continues = self._counts_alone = True
+        self._taken = 0
 
 
 def _last_line(error: BaseException) -> str:

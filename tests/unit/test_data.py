@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import lzma
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from swarmtune.app import check_data, train
+from swarmtune.config import load_config
 from swarmtune.errors import UsageError
 from swarmtune.train import sources
 from swarmtune.train.cache import TokenCache, default_folder
@@ -169,6 +173,21 @@ def test_local_data_of_every_layout_is_read_and_has_an_identity(kind: str, tmp_p
     assert source.digest(lambda _: None) == source.digest(lambda _: None) != DatasetSource(source.path, "number").digest(lambda _: None)
     if kind in ("splits", "directory"):
         assert read(source.path, split="test") == TEXTS[:1]
+
+
+def test_a_directory_with_a_card_has_the_configurations_and_splits_that_it_says(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: a.jsonl\n  - split: test\n    path: b.jsonl\n"
+        "- config_name: fr\n  data_files: c.jsonl\n---\n"
+    )
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": name}) + "\n")
+    assert read(tmp_path, name="en") == ["a"]
+    assert read(tmp_path, name="en", split="test") == ["b"]
+    assert read(tmp_path, name="fr") == ["c"]
+    for options, sentence in [({}, "Config name is missing"), ({"name": "de"}, "'de' not found"), ({"name": "en", "split": "dev"}, "Bad split: dev")]:
+        with pytest.raises(UsageError, match=sentence):
+            DatasetSource(str(tmp_path), "body", **options).check()
 
 
 def test_a_text_file_is_read_by_paragraph_alone_and_in_a_directory(tmp_path: Path) -> None:
@@ -349,6 +368,12 @@ def test_validation_text_may_come_from_another_split_or_file(tmp_path: Path, cap
     assert len(module(write(tmp_path, "jsonl"), validation_fraction=0.5, validation_windows=2).windows["val"]) == 2
 
 
+def test_validation_batches_take_no_random_number(tmp_path: Path) -> None:
+    loader, before = module(write(tmp_path, "jsonl"), cache=False).val_dataloader(), torch.get_rng_state()
+    assert len(list(loader)) > 0
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_fingerprint_is_that_of_the_training_windows(tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl")
     prints = {
@@ -442,7 +467,7 @@ def test_a_stream_trains_on_what_is_not_held_out_and_on_all_of_it(tmp_path: Path
 def test_a_stream_goes_on_with_the_very_next_batch(num_workers: int, tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl")
     whole, _ = take(stream(path), 40)
-    for done in (1, 25):
+    for done in (1, 25) if num_workers == 0 else (25,):
         first, state = take(stream(path), done)
         rest, _ = take(stream(path, num_workers=num_workers), 40 - done, state)
         assert first + rest == whole
@@ -486,3 +511,44 @@ def test_memory_of_a_stream_is_bounded_by_its_buffer(tmp_path: Path) -> None:
         patch.setattr(sources.DatasetSource, "_rows", counted)
         take(stream(path), 2)
     assert 0 < read_rows < 2000
+
+
+# --- the document ------------------------------------------------------------------------------------------------------------
+
+COMMANDS = re.findall(r"^swarmtune (recipe=.*)$", (Path(__file__).parents[2] / "docs" / "data.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_document_find_and_read_their_data(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.jsonl").write_text('{"text": "a note", "question": "why"}\n')
+    Path("questions.csv").write_text("question,answer\nwhy,therefore\n")
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("a note\n\nanother")
+    datasets_folder = write(tmp_path, "splits").rename("saved")
+    config = load_config([*shlex.split(command), *([] if "saved" not in command else ["data.text_column=body"])])
+    assert datasets_folder.exists()
+    if "org/name" in command:
+        assert config.data.path == "org/name"
+    else:
+        check_data(config)
+
+
+def test_a_template_on_the_command_line_is_taken_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("q,a\n1,2\n")
+    words = ["recipe=lora_bloom", "data=a.csv", r"data.text_template=Q: {q}, ${x}\n{{A: {a}"]
+    assert load_config([*words[:2], r"data.text_template=Q: {q}, [x]\n{{A: {a}"]).data.text_template == "Q: {q}, [x]\n{{A: {a}"
+    with pytest.raises(UsageError, match=r"there is no column 'x'; there are: q, a"):
+        check_data(load_config(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [("data.text_column=body", "there is no column 'body'; there are: q, a"), ("data.split=x", "has no splits")]
+)
+def test_a_run_is_refused_before_its_directory_is_made(words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("q,a\n1,2\n")
+    with pytest.raises(UsageError, match=sentence):
+        train(load_config(["recipe=lora_bloom", "data=a.csv", words]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]

@@ -17,6 +17,7 @@ from swarmtune.train.loader import ResumableLoader, WindowBatches
 from swarmtune.train.windows import Windows
 
 WINDOWS = 23
+POCKET = str(Path(__file__).parents[2] / "swarmtune" / "assets" / "pocket_bloom")
 
 
 def loader(seed: int = 0, num_workers: int = 0) -> ResumableLoader:
@@ -38,8 +39,7 @@ def test_a_pass_holds_every_window_once_and_the_next_pass_in_another_order() -> 
     assert one != first_tokens(loader(seed=1))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("done", [0, 3, 8, 11])
+@pytest.mark.parametrize(("done", "num_workers"), [(0, 0), (3, 0), (8, 0), (11, 0), (11, 2)])
 def test_it_goes_on_with_the_very_next_batch(done: int, num_workers: int) -> None:
     whole = loader()
     sequence = first_tokens(whole) + first_tokens(whole) + first_tokens(whole)
@@ -160,6 +160,34 @@ def test_a_resumed_run_trains_on_the_batches_of_an_unbroken_one(name: str, tmp_p
         assert torch.equal(resumed.weight, whole.weight), stop
 
 
+class SaveEnd(SaveAt):
+    """Saves when the run has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, set())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.batches.add(self.count + 1)
+        self.on_train_batch_end(trainer, pl_module)
+
+
+EXTENSIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "within an epoch": ({**FLAGS["steps"], "max_steps": 6}, {"max_steps": 13}),
+    "in epochs": ({"max_epochs": 2}, {"max_epochs": 4}),
+}
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_a_run_that_ended_and_is_made_longer_goes_on_as_a_longer_one_would(name: str, tmp_path: Path) -> None:
+    flags, longer = EXTENSIONS[name]
+    ended = fit(tmp_path, flags, SaveEnd(tmp_path)).seen
+    whole = fit(tmp_path, {**flags, **longer}, Callback())
+    number = len(ended) + 1
+    resumed = fit(tmp_path, {**flags, **longer}, Restore(torch.load(tmp_path / f"{number}.rng")), tmp_path / f"{number}.ckpt")
+    assert ended + resumed.seen == whole.seen
+    assert torch.equal(resumed.weight, whole.weight)
+
+
 def test_worker_processes_change_nothing_in_a_resumed_run(tmp_path: Path) -> None:
     flags = FLAGS["steps"]
     whole = fit(tmp_path, flags, SaveAt(tmp_path, {6}))
@@ -191,3 +219,45 @@ def test_a_batch_that_was_broken_off_is_trained_again(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="broken off"):
             fit(tmp_path, flags, Interrupt(path, batch))
         assert fit(tmp_path, flags, Callback(), path).seen == whole.seen[batch - 1 :], batch
+
+
+class History(Callback):
+    """Every batch, a checkpoint behind some."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every, self.seen = folder, every, []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch["input_ids"].tolist())
+        if len(self.seen) % self.every == 0 and not list(self.folder.glob(f"{len(self.seen)}.ckpt")):
+            trainer.save_checkpoint(self.folder / f"{len(self.seen)}.ckpt")
+
+
+def fit_stream(path: Path, history: History, steps: int, checkpoint: Path | None = None, **flags: Any) -> list[Any]:
+    data = TextDataModule(
+        POCKET, source="dataset", path=str(path), streaming=True, shuffle_windows=5, sequence_length=4, batch_size=2, validation_fraction=0.4
+    )
+    trainer = Trainer(
+        max_steps=steps, accumulate_grad_batches=2, val_check_interval=5, check_val_every_n_epoch=None, num_sanity_val_steps=0, accelerator="cpu",
+        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[history],
+        default_root_dir=history.folder, **flags,
+    )  # fmt: skip
+    trainer.fit(Learner(), datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    assert trainer.global_step == steps
+    return history.seen
+
+
+@pytest.mark.parametrize("flags", [{}, {"limit_train_batches": 8}])
+def test_a_resumed_run_over_a_stream_trains_on_the_batches_of_an_unbroken_one(flags: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"some words about {index}"}) + "\n" for index in range(12)))
+    (tmp_path / "kept").mkdir()
+    whole = fit_stream(path, History(tmp_path / "kept", 6), 16, **flags)
+    assert len(whole) == 32
+    assert len({json.dumps(batch) for batch in whole}) > 20, "passes differ"
+    for done in (6, 12, 18, 24):
+        resumed = fit_stream(path, History(tmp_path, 99), 16, tmp_path / "kept" / f"{done}.ckpt", **flags)
+        assert resumed == whole[done:], done
+    longer = fit_stream(path, History(tmp_path, 99), 20, tmp_path / "kept" / "30.ckpt", **flags)
+    assert longer[:2] == whole[30:]
+    assert len(longer) == 10
