@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from servers.addresses import announced_addresses, check_port, listen_addresses
-from servers.config import ServeConfig, as_typed
+from servers.config import ServeConfig, read_words
 from servers.parent import Parent
 from servers.progress import loading
 from servers.report import Report
 from servers.stopping import Stop
-from swarmtune.config import compose, resolve_path
+from swarmtune.config import resolve_path
 from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
 from swarmtune.schema import Dtype
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"swarmtune serve key=value ...: hold some blocks of a model and serve them, until Ctrl-C\n\n{keys}")
         return 0
     try:
-        config = compose("server", as_typed(words), ServeConfig)
+        config = read_words(words)
         config = dataclasses.replace(config, model=resolve_path(config.model))
         parent = Parent.greet(config.parent_fd) if config.parent_fd is not None else None
         asyncio.run(_serve(config, parent, stop))
@@ -106,7 +106,7 @@ async def _serve(config: ServeConfig, parent: Parent | None, stop: Stop) -> None
         report = Report(handler, executor, span.device, node.count_peers)
         working = asyncio.create_task(_work(config, parent, node, directory, handler, report))
         try:
-            await _until_told(stop, working, handler)
+            await _until_told(stop, working, handler, node)
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
@@ -156,7 +156,7 @@ def _say_ready(config: ServeConfig, info: ServerInfo, addresses: Sequence[str]) 
     sys.stdout.flush()
 
 
-async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: CallHandler) -> None:
+async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: CallHandler, node: HivemindNode) -> None:
     """Wait for a signal, then refuse new work and finish what is in flight; raises what ended the work before that."""
     told = asyncio.create_task(stop.told.wait())
     await asyncio.wait([told, working], return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +166,7 @@ async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: Call
     handler.draining = True
     logger.info("stopping: finishing %d calls in flight, for at most %.0f s; a second signal ends at once", handler.in_flight, DRAIN_S)
     ends_at = time.monotonic() + DRAIN_S
-    while handler.in_flight and not working.done() and time.monotonic() < ends_at:
+    while (handler.in_flight or node.answering) and not working.done() and time.monotonic() < ends_at:
         await asyncio.sleep(0.05)
 
 

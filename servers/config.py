@@ -7,6 +7,7 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swarmtune.config import compose
 from swarmtune.schema import Dtype
 from swarmtune.types import BlockSpan
 
@@ -95,16 +96,20 @@ class ServeConfig:
             raise ValueError(f"listen must be an IP address without a zone, and not a multicast one, got {self.listen!r}")
 
 
-def as_typed(words: Sequence[str]) -> list[str]:
-    """``key=value`` words in Hydra's grammar, from what a person types: text keys need no quotes, lists of one no brackets."""
-    return [_as_typed(word) for word in words]
+def read_words(words: Sequence[str]) -> ServeConfig:
+    """The checked configuration that ``key=value`` words mean: text needs no quotes, a list of one no brackets.
 
-
-def _as_typed(word: str) -> str:
-    key, equals, text = word.partition("=")
-    if not equals or text.strip() in ("", "null") or text.lstrip()[:1] in ("'", '"', "["):
-        return word
-    if key in TEXT_KEYS:
-        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-        return f"{key}='{escaped}'"
-    return f"{key}=[{text}]" if key in LIST_KEYS else word
+    Raises:
+        UsageError: anything wrong with a word or a value, in one sentence.
+    """
+    verbatim: dict[str, str] = {}
+    others: list[str] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        plain = bool(equals) and text.strip() not in ("", "null") and text.lstrip()[:1] not in ("'", '"', "[")
+        if plain and key in TEXT_KEYS:
+            verbatim[key] = text
+        else:
+            verbatim.pop(key, None)  # of a key that is given twice, the last value counts
+            others.append(f"{key}=[{text}]" if plain and key in LIST_KEYS else word)
+    return compose("server", others, ServeConfig, verbatim)

@@ -30,12 +30,7 @@ INFO_S = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0; 1 where a server is not there; 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="scripts/swarm", description="Run a private swarm from one YAML file (docs/operations.md has one).")
-    parser.add_argument("what", choices=("up", "status", "down"), help="start all servers and wait for them; ask each; stop all")
-    parser.add_argument("file", help="the YAML file")
-    parser.add_argument("--state", help="directory of keys, logs and process ids (default: NAME.state beside the file)")
-    parser.add_argument("--print", action="store_true", dest="show", help="up: start nothing, print the commands for several machines")
-    parser.add_argument("--wait", type=float, default=READY_S, metavar="SECONDS", help="up: how long the servers may take until they are ready")
+    parser = argument_parser()
     options = parser.parse_args(argv)
     if options.show and options.what != "up":
         parser.error("--print goes with up")
@@ -53,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("scripts/swarm: interrupted\n")
         return 130
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="scripts/swarm", description="Run a private swarm from one YAML file (docs/operations.md has one).")
+    parser.add_argument("what", choices=("up", "status", "down"), help="start all servers and wait for them; ask each; stop all")
+    parser.add_argument("file", help="the YAML file")
+    parser.add_argument("--state", help="directory of keys, logs and process ids (default: NAME.state beside the file)")
+    parser.add_argument("--print", action="store_true", dest="show", help="up: start nothing, print the commands for several machines")
+    parser.add_argument("--wait", type=float, default=READY_S, metavar="SECONDS", help="up: how long the servers may take until they are ready")
+    return parser
 
 
 @dataclass(slots=True)

@@ -29,12 +29,12 @@ class Stop:
     def drain_first(self, loop: asyncio.AbstractEventLoop) -> None:
         """From now on the first signal sets ``told``."""
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._hear, loop)
+            loop.add_signal_handler(number, self._hear)
 
-    def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _hear(self) -> None:
+        if self.told.is_set():
+            _end("stopped at once, without finishing the calls in flight")
         self.told.set()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, _end, "stopped at once, without finishing the calls in flight")
 
 
 def _end(why: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from servers.addresses import announced_addresses, listen_addresses
-from servers.config import ServeConfig, as_typed
+from servers.config import ServeConfig, read_words
 from swarmtune.app import count_blocks
-from swarmtune.config import compose, nearest, resolve_path
+from swarmtune.config import nearest, resolve_path
 from swarmtune.errors import UsageError
 from swarmtune.types import BlockSpan, gaps
 
@@ -147,7 +147,7 @@ def _member(values: dict[str, Any], folder: Path, elsewhere: bool) -> Member:
     if host is not None:
         values = _on_host(host, values)
     words = [_word(key, value) for key, value in values.items()]
-    return Member(name, host, values, compose("server", as_typed(words), ServeConfig))
+    return Member(name, host, values, read_words(words))
 
 
 def _on_host(host: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -65,8 +65,10 @@ def load_config(overrides: Sequence[str]) -> Config:
     return config
 
 
-def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
+def compose(config_name: str, overrides: list[str], schema: type[T], verbatim: Mapping[str, str] | None = None) -> T:
     """Compose ``conf/<config_name>.yaml`` with ``overrides`` and check it against the dataclass ``schema``.
+
+    Values in ``verbatim`` are text by key, laid on top as they are.
 
     Raises:
         UsageError: an unknown option or key (with the nearest right one), a wrong type, or a value out of range.
@@ -89,7 +91,7 @@ def compose(config_name: str, overrides: list[str], schema: type[T]) -> T:
         node = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(one_line(error)) from error
-    for key, text in paths:
+    for key, text in (*paths, *(verbatim or {}).items()):
         _set(node, key, text)
     known = list(_keys(schema))
     for key in _unknown_keys(schema, node):

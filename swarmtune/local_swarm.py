@@ -234,7 +234,7 @@ class LocalSwarm:
         path = os.fspath(model)
         blocks = [BlockSpan.parse(span) for span in spans]
         self.words = [
-            f"model={_quoted(path)}",
+            f"model={path}",
             f"dtype={dtype}",
             f"device={_quoted(device)}",
             f"threads={threads if threads is not None else 'null'}",

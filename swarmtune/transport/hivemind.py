@@ -126,6 +126,11 @@ class HivemindNode:
             raise ServerStartFailed(f"the p2p daemon did not start: {error or 'no answer'}") from error
         return self
 
+    @property
+    def answering(self) -> bool:
+        """Whether an answer to any peer is being computed or is still on its way."""
+        return any(connection.answering for connection in self._served)
+
     async def look_at_addresses(self) -> None:
         """Bring ``addresses`` up to date: a router's forwarding appears some time after the start.
 
