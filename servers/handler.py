@@ -46,7 +46,9 @@ class CallHandler:
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
         try:
-            return encode(await self._dispatch(decode(incoming)))
+            reply = await self._dispatch(decode(incoming))
+            self.refused += reply.kind == "fault"
+            return encode(reply)
         except WireError as error:
             fault = Fault(FaultCode.BAD_REQUEST, str(error))
         except NonFinite as error:
