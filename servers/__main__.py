@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from servers.addresses import announced_addresses, check_port, listen_addresses
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from servers.handler import CallHandler
     from servers.span import Span
     from swarmtune.discovery.dht import DirectoryNode
+    from swarmtune.discovery.identity import Identity
     from swarmtune.transport.hivemind import HivemindNode
     from swarmtune.wire.messages import ServerInfo
 
@@ -73,46 +74,56 @@ def _fail(parent: Parent | None, sentence: str, code: int) -> int:
 
 
 async def _serve(config: ServeConfig, parent: Parent | None, stop: Stop) -> None:
-    """Load first, then go on the network; until a signal, or until something that a server needs has ended."""
-    from servers.executor import Executor
-    from servers.handler import CallHandler
-    from swarmtune.discovery.dht import DirectoryNode
-    from swarmtune.discovery.identity import Identity
-    from swarmtune.discovery.identity_file import hold_identity
+    """Check what can be checked at once, load, then go on the network until a signal, or until something that a server needs has ended."""
     from swarmtune.discovery.records import check_address
-    from swarmtune.transport.hivemind import HivemindNode
 
     try:
         for address in config.initial_peers:
             check_address(address)
     except WireError as error:
         raise UsageError(f"initial_peers: {error}") from error
-    with contextlib.ExitStack() as held:
-        if parent is not None:
-            identity = Identity.from_bytes(parent.identity)
-        elif config.identity is not None:
-            identity = held.enter_context(hold_identity(config.identity))
-        else:
-            identity = Identity.generate()
+    with _identity(config, parent) as identity:
         announced_addresses(config.announce, config.port or 1, config.transport, identity.peer_id)
         if parent is None:
             check_port(config.listen, config.port, config.transport)
         logger.info("loading blocks %s of %s", config.blocks, config.model)
         span, info = _load(config)
         stop.drain_first(asyncio.get_running_loop())
-        executor = Executor().start()
-        handler = CallHandler(info, span, executor, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
-        node, directory = HivemindNode(identity), DirectoryNode()
-        report = Report(handler, executor, span.device, node.count_peers)
-        working = asyncio.create_task(_work(config, parent, node, directory, handler, report))
-        try:
-            await _until_told(stop, working, handler, node)
-        finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
-            await directory.close()
-            await node.close()
-            executor.close(1.0)
+        await _serve_span(config, parent, stop, identity, span, info)
+
+
+@contextlib.contextmanager
+def _identity(config: ServeConfig, parent: Parent | None) -> Iterator[Identity]:
+    """The parent's, the one in the file, which is held as long, or a new one."""
+    from swarmtune.discovery.identity import Identity
+    from swarmtune.discovery.identity_file import hold_identity
+
+    if parent is None and config.identity is not None:
+        with hold_identity(config.identity) as identity:
+            yield identity
+    else:
+        yield Identity.from_bytes(parent.identity) if parent else Identity.generate()
+
+
+async def _serve_span(config: ServeConfig, parent: Parent | None, stop: Stop, identity: Identity, span: Span, info: ServerInfo) -> None:
+    from servers.executor import Executor
+    from servers.handler import CallHandler
+    from swarmtune.discovery.dht import DirectoryNode
+    from swarmtune.transport.hivemind import HivemindNode
+
+    executor = Executor().start()
+    handler = CallHandler(info, span, executor, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
+    node, directory = HivemindNode(identity), DirectoryNode()
+    report = Report(handler, executor, span.device, node.count_peers)
+    working = asyncio.create_task(_work(config, parent, node, directory, handler, report))
+    try:
+        await _until_told(stop, working, handler, node)
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        await directory.close()
+        await node.close()
+        executor.close(1.0)
         logger.info("%s", report.total())
 
 

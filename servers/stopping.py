@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,7 +38,6 @@ class Stop:
 
 def _end(why: str) -> None:
     """End the process with code 0; the keeper sees that, ends the daemon and removes its directory."""
-    cursor = "\r\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
-    sys.stderr.write(f"{cursor}swarmtune serve: {why}\n")
-    sys.stderr.flush()
+    terminal = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""  # a progress bar has hidden the cursor, and has its own idea of standard error
+    os.write(2, f"{terminal}swarmtune serve: {why}\n".encode())
     os._exit(0)
