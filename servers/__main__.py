@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config = read_words(words)
-        config = dataclasses.replace(config, model=resolve_path(config.model))
         parent = Parent.greet(config.parent_fd) if config.parent_fd is not None else None
+        config = dataclasses.replace(config, model=resolve_path(config.model))
         asyncio.run(_serve(config, parent, stop))
     except UsageError as error:
         return _fail(parent, str(error), 2)
