@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import importlib.resources
-import json
 import logging
 import os
-import signal
-import socket
 import sys
-import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
-from servers.config import ServeConfig
-from swarmtune.config import compose
+from servers.addresses import announced_addresses, check_port, listen_addresses
+from servers.config import ServeConfig, read_words
+from servers.parent import Parent
+from servers.progress import loading
+from servers.report import Report
+from servers.stopping import Stop
+from swarmtune.config import resolve_path
 from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
 from swarmtune.schema import Dtype
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
     from servers.handler import CallHandler
     from servers.span import Span
+    from swarmtune.discovery.dht import DirectoryNode
+    from swarmtune.discovery.identity import Identity
     from swarmtune.transport.hivemind import HivemindNode
     from swarmtune.wire.messages import ServerInfo
 
@@ -32,46 +37,6 @@ logger = logging.getLogger("servers")
 
 DRAIN_S = 30.0
 PORT_WAIT_S = 10.0
-MAX_GREETING = 4096
-
-
-@dataclass(slots=True)
-class Parent:
-    """The process that started this server, where ``LocalSwarm`` did; its end ends this process at once.
-
-    Attributes:
-        identity: the key file to use, as bytes.
-    """
-
-    channel: socket.socket
-    identity: bytes
-
-    @classmethod
-    def greet(cls, fd: int) -> Parent:
-        """Read the identity, then watch for the parent's end from a thread of its own."""
-        channel = socket.socket(fileno=fd)
-        channel.set_inheritable(False)
-        line = b""
-        while not line.endswith(b"\n") and len(line) < MAX_GREETING:
-            received = channel.recv(MAX_GREETING)
-            if not received:
-                os._exit(0)
-            line += received
-        parent = cls(channel, bytes.fromhex(json.loads(line)["identity"]))
-        threading.Thread(target=parent._watch, name="swarmtune-parent", daemon=True).start()
-        return parent
-
-    def tell(self, **facts: object) -> None:
-        """Send one line of JSON."""
-        self.channel.sendall(json.dumps(facts).encode() + b"\n")
-
-    def _watch(self) -> None:
-        try:
-            while self.channel.recv(1):
-                pass
-        except OSError:
-            pass
-        os._exit(0)  # nobody is left to serve; the daemon's keeper sees our end and cleans up
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,21 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for GPU kernels that this machine need not have
     parent: Parent | None = None
+    stop = Stop().arm()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]):
         keys = importlib.resources.files("conf").joinpath("server.yaml").read_text(encoding="utf-8")
         sys.stdout.write(f"swarmtune serve key=value ...: hold some blocks of a model and serve them, until Ctrl-C\n\n{keys}")
         return 0
     try:
-        config = compose("server", words, ServeConfig)
+        config = read_words(words)
         parent = Parent.greet(config.parent_fd) if config.parent_fd is not None else None
-        asyncio.run(_serve(config, parent))
+        config = dataclasses.replace(config, model=resolve_path(config.model))
+        asyncio.run(_serve(config, parent, stop))
     except UsageError as error:
         return _fail(parent, str(error), 2)
     except SwarmtuneError as error:
         return _fail(parent, str(error), 1)
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:  # the top of the process: say it to the parent too, then show the traceback
         logger.exception("the server ended")
         return _fail(parent, f"{type(error).__name__}: {error}", 1)
@@ -108,10 +73,8 @@ def _fail(parent: Parent | None, sentence: str, code: int) -> int:
     return code
 
 
-async def _serve(config: ServeConfig, parent: Parent | None) -> None:
-    from servers.executor import Executor
-    from servers.handler import CallHandler
-    from swarmtune.discovery.dht import DirectoryNode
+async def _serve(config: ServeConfig, parent: Parent | None, stop: Stop) -> None:
+    """Check what can be checked at once, load, then go on the network until a signal, or until something that a server needs has ended."""
     from swarmtune.discovery.records import check_address
 
     try:
@@ -119,28 +82,103 @@ async def _serve(config: ServeConfig, parent: Parent | None) -> None:
             check_address(address)
     except WireError as error:
         raise UsageError(f"initial_peers: {error}") from error
-    if parent is None:
-        check_port(config)
-    span, info = _load(config)
+    with _identity(config, parent) as identity:
+        announced_addresses(config.announce, config.port or 1, config.transport, identity.peer_id)
+        if parent is None:
+            check_port(config.listen, config.port, config.transport)
+        logger.info("loading blocks %s of %s", config.blocks, config.model)
+        span, info = _load(config)
+        stop.drain_first(asyncio.get_running_loop())
+        await _serve_span(config, parent, stop, identity, span, info)
+
+
+@contextlib.contextmanager
+def _identity(config: ServeConfig, parent: Parent | None) -> Iterator[Identity]:
+    """The parent's, the one in the file, which is held as long, or a new one."""
+    from swarmtune.discovery.identity import Identity
+    from swarmtune.discovery.identity_file import hold_identity
+
+    if parent is None and config.identity is not None:
+        with hold_identity(config.identity) as identity:
+            yield identity
+    else:
+        yield Identity.from_bytes(parent.identity) if parent else Identity.generate()
+
+
+async def _serve_span(config: ServeConfig, parent: Parent | None, stop: Stop, identity: Identity, span: Span, info: ServerInfo) -> None:
+    from servers.executor import Executor
+    from servers.handler import CallHandler
+    from swarmtune.discovery.dht import DirectoryNode
+    from swarmtune.transport.hivemind import HivemindNode
+
     executor = Executor().start()
     handler = CallHandler(info, span, executor, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
-    directory = DirectoryNode()
-    node = await _start_node(config, parent)
+    node, directory = HivemindNode(identity), DirectoryNode()
+    report = Report(handler, executor, span.device, node.count_peers)
+    working = asyncio.create_task(_work(config, parent, node, directory, handler, report))
     try:
-        reachable = await _reach(node, config.initial_peers)
-        await directory.start(node.p2p, reachable, client=False)
-        await node.serve(handler)
-        from servers.announce import announce_forever
-
-        announcing = asyncio.create_task(announce_forever(node, directory, config.initial_peers, lambda: handler.info))
-        logger.info("serving blocks %s of %s in %s at %s", span.span, config.model, info.mode, " ".join(node.addresses))
-        if parent is not None:
-            parent.tell(peer=node.peer_id, addresses=list(node.addresses))
-        await _until_told(handler, announcing, node.daemon_ended)
+        await _until_told(stop, working, handler, node)
     finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
         await directory.close()
         await node.close()
         executor.close(1.0)
+        logger.info("%s", report.total())
+
+
+async def _work(
+    config: ServeConfig, parent: Parent | None, node: HivemindNode, directory: DirectoryNode, handler: CallHandler, report: Report
+) -> NoReturn:
+    """Go on the network, say so, answer calls, announce and report, until cancelled.
+
+    Raises:
+        SwarmError: the daemon ended, so nobody can reach this server any more.
+    """
+    from servers.announce import announce_forever
+
+    await _start_node(config, parent, node)
+    reachable = await _reach(node, config.initial_peers)
+    await directory.start(node.p2p, reachable, client=False)
+    await node.serve(handler)
+    _say_ready(config, handler.info, node.addresses)
+    if parent is not None:
+        parent.tell(peer=node.peer_id, addresses=list(node.addresses))
+    changing = config.nat_mapping or config.auto_relay
+    tasks = [
+        asyncio.create_task(announce_forever(node, directory, config.initial_peers, lambda: handler.info, addresses_change=changing)),
+        asyncio.create_task(report.forever(config.log_every_s)),
+        asyncio.create_task(node.daemon_ended.wait()),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in done:
+        task.result()
+    raise SwarmError("the p2p daemon of this server ended, so nobody can reach it: start the server again")
+
+
+def _say_ready(config: ServeConfig, info: ServerInfo, addresses: Sequence[str]) -> None:
+    """The one line on standard output: what is served, and the addresses to join with."""
+    labels = "".join(f", {key} {label}" for key, label in (("name", info.name), ("family", info.family)) if label)
+    sys.stdout.write(f"serving blocks {info.span} of 0:{info.num_blocks} of {config.model} in {info.mode}{labels} at {' '.join(addresses)}\n")
+    sys.stdout.flush()
+
+
+async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: CallHandler, node: HivemindNode) -> None:
+    """Wait for a signal, then refuse new work and finish what is in flight; raises what ended the work before that."""
+    told = asyncio.create_task(stop.told.wait())
+    await asyncio.wait([told, working], return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if not stop.told.is_set():
+        working.result()
+    handler.draining = True
+    logger.info("stopping: finishing %d calls in flight, for at most %.0f s; a second signal ends at once", handler.in_flight, DRAIN_S)
+    ends_at = time.monotonic() + DRAIN_S
+    while (handler.in_flight or node.answering) and not working.done() and time.monotonic() < ends_at:
+        await asyncio.sleep(0.05)
 
 
 def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
@@ -168,11 +206,8 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
         logger.warning("float16 is many times slower than float32 on a CPU (docs/quantization.md): use dtype=bfloat16")
     need = estimate(model_config, site, blocks, dtype, quantise, device, max_tokens=config.max_tokens, max_sequence=config.max_sequence)
     check_fits(need, blocks, device, refuse=config.memory_check)
-    began = time.monotonic()
-    weights = load_blocks(
-        config.model, model_config, site, blocks, dtype, device, lambda done, total: logger.info("loaded block %d of %d", done, total), quantise
-    )
-    logger.info("blocks %s loaded in %.1f s", blocks, time.monotonic() - began)
+    with loading(f"blocks {blocks}") as progress:
+        weights = load_blocks(config.model, model_config, site, blocks, dtype, device, progress, quantise)
     if quantise != "none":
         logger.info("weights are held in %s: the largest error of a matrix is %.2g of its norm", quantise, weights.error)
     digest = config_digest(model_config)
@@ -187,25 +222,9 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
         numeric=facts,
         version=swarmtune.__version__,
         name=config.name,
+        family=config.family,
     )
     return Span(model_config, site, blocks, weights, dtype, device), info
-
-
-def check_port(config: ServeConfig) -> None:
-    """Refuse an address that another program uses: libp2p would share its port, and callers would reach either.
-
-    Raises:
-        UsageError: the port is in use, or the address is not of this machine.
-    """
-    family = socket.AF_INET6 if ":" in config.listen else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server that has just ended is free
-        try:
-            probe.bind((config.listen, config.port))
-        except OSError as error:
-            raise UsageError(
-                f"{config.listen} port {config.port} cannot be listened on ({error.strerror}): choose another listen= or port="
-            ) from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -227,16 +246,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-async def _start_node(config: ServeConfig, parent: Parent | None) -> HivemindNode:
+async def _start_node(config: ServeConfig, parent: Parent | None, node: HivemindNode) -> None:
     """Start the daemon; a fixed port may be held for a moment by the daemon of a server that has just died."""
-    from swarmtune.discovery.identity import Identity
-    from swarmtune.transport.hivemind import HivemindNode
+    from swarmtune.transport.hivemind import Reach
 
-    identity = Identity.from_bytes(parent.identity) if parent else None
+    port = config.port if parent else check_port(config.listen, config.port, config.transport)  # again: loading may have taken long
+    announce = announced_addresses(config.announce, port, config.transport, node.peer_id)
+    reach = Reach(announce, config.relay, config.initial_peers if config.auto_relay else (), config.nat_mapping)
     ends_at = time.monotonic() + PORT_WAIT_S
     while True:
         try:
-            return await HivemindNode(identity).start([config.listen_address])
+            await node.start(listen_addresses(config.listen, port, config.transport), reach)
+            return
         except ServerStartFailed:
             if not config.port or parent is None or time.monotonic() > ends_at:
                 raise
@@ -256,34 +277,6 @@ async def _reach(node: HivemindNode, addresses: tuple[str, ...]) -> list[str]:
         elif isinstance(answer, BaseException):
             raise answer
     return [address for address, answer in zip(others, answers, strict=True) if isinstance(answer, str)]
-
-
-async def _until_told(handler: CallHandler, announcing: asyncio.Task[None], daemon_ended: asyncio.Event) -> None:
-    """Wait for SIGTERM or Ctrl-C, then refuse new work and finish what is in flight; a second signal ends at once.
-
-    Raises:
-        SwarmError: the daemon ended, so nobody can reach this server any more.
-    """
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
-    waits = [asyncio.create_task(told.wait()), asyncio.create_task(daemon_ended.wait())]
-    await asyncio.wait([*waits, announcing], return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-    if announcing.done():
-        announcing.result()
-    announcing.cancel()
-    if daemon_ended.is_set():
-        raise SwarmError("the p2p daemon of this server ended, so nobody can reach it: start the server again")
-    handler.draining = True
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, os._exit, 0)
-    ends_at = time.monotonic() + DRAIN_S
-    while handler.in_flight and time.monotonic() < ends_at:
-        await asyncio.sleep(0.05)
-    logger.info("stopped after %d calls", handler.calls)
 
 
 if __name__ == "__main__":

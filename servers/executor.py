@@ -51,6 +51,11 @@ class Executor:
         self._thread.start()
         return self
 
+    @property
+    def queued(self) -> int:
+        """Jobs that wait for the worker."""
+        return self._queue.qsize()
+
     async def submit(self, run: Callable[[], T], *, priority: int, timeout_s: float) -> T:
         """Run ``run`` on the device worker and await its result. A cancelled caller's job is dropped unless it has begun.
 

@@ -26,6 +26,8 @@ class CallHandler:
     Attributes:
         draining: refuse new work, finish what is in flight.
         calls: forwards and backwards done so far.
+        tokens: rows times sequence length of those calls.
+        refused: calls answered by a fault.
     """
 
     def __init__(self, info: ServerInfo, span: Span, executor: Executor, *, max_tokens: int = 16384, max_sequence: int = 4096) -> None:
@@ -34,7 +36,7 @@ class CallHandler:
         self._rate_tok_s = 0.0
         self.draining = False
         self.in_flight = 0
-        self.calls = 0
+        self.calls = self.tokens = self.refused = 0
 
     @property
     def info(self) -> ServerInfo:
@@ -44,7 +46,9 @@ class CallHandler:
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
         try:
-            return encode(await self._dispatch(decode(incoming)))
+            reply = await self._dispatch(decode(incoming))
+            self.refused += reply.kind == "fault"
+            return encode(reply)
         except WireError as error:
             fault = Fault(FaultCode.BAD_REQUEST, str(error))
         except NonFinite as error:
@@ -58,6 +62,7 @@ class CallHandler:
         except Exception as error:  # a defect of ours, or of the device; the caller can try another server
             logger.exception("a call of %s failed", peer)
             fault = Fault(FaultCode.INTERNAL, f"{type(error).__name__}: {str(error)[:500]}")
+        self.refused += 1
         logger.info("refused a call of %s: %s", peer, fault.detail)
         return encode(fault.to_message())
 
@@ -90,6 +95,7 @@ class CallHandler:
         priority = BACKWARD_PRIORITY if backward else FORWARD_PRIORITY
         result = await self._executor.submit(self._timed(run, call, time.perf_counter()), priority=priority, timeout_s=call.remaining_ms / 1000)
         self.calls += 1
+        self.tokens += call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1]
         return result.to_message()
 
     def _timed(self, run: Callable[[SpanCall], SpanResult], call: SpanCall, arrived: float) -> Callable[[], SpanResult]:

@@ -162,13 +162,14 @@ OWN_OPTION = "own_file"
 """The name under which Hydra knows the user's own YAML file while it composes."""
 
 
-def compose(config_name: str, overrides: list[str], schema: type[T], own: OwnRecipe | None = None) -> T:
+def compose(config_name: str, overrides: list[str], schema: type[T], own: OwnRecipe | None = None, verbatim: Mapping[str, str] | None = None) -> T:
     """Compose ``conf/<config_name>.yaml`` with ``overrides`` and check it against the dataclass ``schema``.
 
     Args:
         config_name: the file of ``conf``.
         overrides: group choices, values and paths.
         schema: a dataclass.
+        verbatim: text by key, laid on top as it is.
         own: a file that takes the place of an option of the group ``recipe``; its defaults list counts.
 
     Raises:
@@ -198,7 +199,7 @@ def compose(config_name: str, overrides: list[str], schema: type[T], own: OwnRec
         raise UsageError(_composition_error(error, own, overrides)) from error
     if own is not None:
         node.setdefault("recipe", "")
-    return _checked(schema, node, paths)
+    return _checked(schema, node, [*paths, *(verbatim or {}).items()])
 
 
 def _checked(schema: type[T], node: Any, paths: Sequence[tuple[str, str]]) -> T:

@@ -182,7 +182,13 @@ class ManagedServer(LocalServer):
         self._swarm = swarm
 
     def restart(self) -> None:
-        """Start it again with the same identity and port, and wait until it serves."""
+        """Start it again with the same identity and port, and wait until it serves.
+
+        Raises:
+            SwarmError: the swarm has been closed, or has not been started, so nobody would stop this server.
+        """
+        if not self._swarm.started:
+            raise SwarmError("this swarm does not run: start it before restarting one of its servers")
         if self.alive:
             self.kill()
         self.start(self._swarm.initial_peers)
@@ -233,7 +239,7 @@ class LocalSwarm:
         path = os.fspath(model)
         blocks = [BlockSpan.parse(span) for span in spans]
         self.words = [
-            f"model={_quoted(path)}",
+            f"model={path}",
             f"dtype={dtype}",
             f"quantize={quantize}",
             f"device={_quoted(device)}",
@@ -245,6 +251,11 @@ class LocalSwarm:
         logs = [directory / f"server-{number}.log" if directory else None for number in range(len(blocks))]
         self.servers = [ManagedServer(self, span, port, log) for span, port, log in zip(blocks, _free_ports(len(blocks)), logs, strict=True)]
         self._started = False
+
+    @property
+    def started(self) -> bool:
+        """Whether it has been started and not been closed since."""
+        return self._started
 
     @property
     def initial_peers(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarmtune.discovery.identity import Identity, verify
@@ -16,6 +17,7 @@ MAX_RECORD_BYTES = 1 << 16
 LIFETIME_S = 30.0
 RENEW_EVERY_S = 10.0
 MAX_LIFETIME_S = 300.0
+MAX_ADDRESSES = 16
 CLOCK_SKEW_S = 30.0
 _ADDRESS = re.compile(r"/(ip4|ip6|dns4|dns6|dns)/[A-Za-z0-9.:_-]{1,253}/(tcp|udp)/\d{1,5}(/quic-v1)?/p2p/[A-Za-z0-9]{20,64}")
 
@@ -29,6 +31,13 @@ def check_address(address: object) -> str:
     if not isinstance(address, str) or _ADDRESS.fullmatch(address) is None:
         raise WireError(f"a peer's address must look like /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID, got {str(address)[:120]!r}")
     return address
+
+
+def joinable(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Those of a node's own addresses that others can use: no loopback beside others, nothing that a record cannot hold, TCP first."""
+    usable = sorted((address for address in addresses if _ADDRESS.fullmatch(address)), key=lambda address: "/udp/" in address)
+    beyond = [address for address in usable if not address.startswith(("/ip4/127.", "/ip6/::1/", "/ip6/fe80:"))]
+    return tuple((beyond or usable)[:MAX_ADDRESSES])
 
 
 def peer_of(address: str) -> str:
@@ -72,7 +81,7 @@ class Announcement:
         now = time.time() if now is None else now
         if not isinstance(expires_at, int | float) or not now - CLOCK_SKEW_S <= expires_at <= now + MAX_LIFETIME_S + CLOCK_SKEW_S:
             raise WireError("a record has expired, or would live too long")
-        if not isinstance(addresses, list) or not 0 < len(addresses) <= 16 or not isinstance(info, dict):
+        if not isinstance(addresses, list) or not 0 < len(addresses) <= MAX_ADDRESSES or not isinstance(info, dict):
             raise WireError("a record must hold addresses and a description")
         checked = tuple(check_address(address) for address in addresses)
         if any(peer_of(address) != peer for address in checked):

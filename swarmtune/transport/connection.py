@@ -90,6 +90,11 @@ class Connection:
         """Monotonic instant of the last frame; ``None`` while something is under way."""
         return None if self._partial or self._answering or self._waiting else self._heard_at
 
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being computed or is still on its way."""
+        return bool(self._answering)
+
     async def open(self) -> Connection:
         """Shake hands, then start to read.
 

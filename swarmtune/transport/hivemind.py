@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarmtune.discovery.identity import Identity
-from swarmtune.discovery.records import peer_of
+from swarmtune.discovery.records import joinable, peer_of
 from swarmtune.errors import ServerStartFailed
 from swarmtune.transport.base import Handler, Traffic, TransportError
 from swarmtune.transport.connection import Connection, close_writer
@@ -37,11 +38,36 @@ STREAM_NAME = "/swarmtune/1"
 START_TIMEOUT_S = 20.0
 DIAL_TIMEOUT_S = 8.0
 CLOSE_TIMEOUT_S = 5.0
+DAEMON_TIMEOUT_S = 2.0
 MAX_CONNECTIONS = 256
 KEEPER = 'dir=$1; shift; "$@" </dev/null & child=$!; echo "daemon $child"; exec >&- 2>&-; read -r _; kill "$child"; wait "$child"; rm -rf -- "$dir"'
 """Waits for the end of its standard input (ours to hold open), then ends the daemon and removes its directory."""
 
 _FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How others reach a listening node beyond its own ports; everything is off unless asked.
+
+    Attributes:
+        announce: multiaddresses without a peer id, told to others instead of the addresses that are listened on.
+        relay: carry traffic between other peers.
+        relays: addresses of peers that are asked to relay for this node.
+        nat_mapping: ask the router to forward the port.
+    """
+
+    announce: tuple[str, ...] = ()
+    relay: bool = False
+    relays: tuple[str, ...] = ()
+    nat_mapping: bool = False
+
+    def flags(self) -> list[str]:
+        """As the daemon takes them."""
+        flags = [f"-relay={int(self.relay or bool(self.relays))}", f"-relayService={int(self.relay)}", f"-autoRelay={int(bool(self.relays))}"]
+        flags += [f"-natPortMap={int(self.nat_mapping)}"]
+        flags += [f"-trustedRelays={','.join(self.relays)}"] if self.relays else []
+        return flags + ([f"-announceAddrs={','.join(self.announce)}"] if self.announce else [])
 
 
 class HivemindNode:
@@ -76,7 +102,7 @@ class HivemindNode:
             raise TransportError("this node has not been started, or has been closed")
         return self._p2p
 
-    async def start(self, listen: Sequence[str] = ()) -> HivemindNode:
+    async def start(self, listen: Sequence[str] = (), reach: Reach | None = None) -> HivemindNode:
         """Start the daemon; ``listen`` holds multiaddresses such as ``/ip4/127.0.0.1/tcp/0``, none for a pure client.
 
         Raises:
@@ -90,15 +116,41 @@ class HivemindNode:
         key.write_bytes(self.identity.to_bytes())
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._start_daemon(directory, key, listen)
+                await self._start_daemon(directory, key, listen, reach or Reach())
                 attached: Any = type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/"})
                 self._p2p = await attached.replicate(Multiaddr(f"/unix{directory}/daemon.sock"))
                 if listen:
-                    self.addresses = tuple(str(address) for address in await self.p2p.get_visible_maddrs())
-        except (TimeoutError, *_FOREIGN) as error:
+                    await self.look_at_addresses()
+        except (TimeoutError, TransportError, *_FOREIGN) as error:
             await self.close()
             raise ServerStartFailed(f"the p2p daemon did not start: {error or 'no answer'}") from error
         return self
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer to any peer is being computed or is still on its way."""
+        return any(connection.answering for connection in self._served)
+
+    async def look_at_addresses(self) -> None:
+        """Bring ``addresses`` up to date: a router's forwarding appears some time after the start.
+
+        Raises:
+            TransportError: the daemon does not answer.
+        """
+        try:
+            async with asyncio.timeout(DAEMON_TIMEOUT_S):
+                visible = await self.p2p.get_visible_maddrs(latest=True)
+        except (TimeoutError, *_FOREIGN) as error:
+            raise TransportError(f"the p2p daemon does not say where it listens: {_brief(error)}") from error
+        self.addresses = joinable([str(address) for address in visible]) or self.addresses
+
+    async def count_peers(self) -> int | None:
+        """Peers that the daemon is connected to; ``None`` where it does not answer."""
+        try:
+            async with asyncio.timeout(DAEMON_TIMEOUT_S):
+                return len(await self.p2p.list_peers())
+        except (TimeoutError, TransportError, *_FOREIGN):
+            return None
 
     async def serve(self, handler: Handler) -> None:
         """Answer calls from other peers with ``handler``."""
@@ -170,18 +222,15 @@ class HivemindNode:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _start_daemon(self, directory: Path, key: Path, listen: Sequence[str]) -> None:
+    async def _start_daemon(self, directory: Path, key: Path, listen: Sequence[str], reach: Reach) -> None:
         binary = Path(hivemind.hivemind_cli.__path__[0]) / "p2pd"
         flags = [
             "-tls=1",
-            "-relay=0",
-            "-autoRelay=0",
-            "-relayService=0",
             "-relayDiscovery=0",
-            "-natPortMap=0",
             "-autonat=0",
             "-dhtClient",
             "-idleTimeout=30s",
+            *reach.flags(),
         ]
         flags += [f"-hostAddrs={','.join(listen)}"] if listen else ["-noListenAddrs"]
         self._keeper = await asyncio.create_subprocess_exec(

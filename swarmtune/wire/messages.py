@@ -341,6 +341,7 @@ class ServerInfo:
         version: of the swarmtune that runs there.
         name: what its owner calls it.
         rate_tok_s: tokens times blocks that it computed per second lately; 0 where unknown.
+        family: whose server it is; the same on all servers of one owner.
     """
 
     model: str
@@ -353,6 +354,7 @@ class ServerInfo:
     version: str
     name: str = ""
     rate_tok_s: int = 0
+    family: str = ""
 
     @property
     def quantisation(self) -> str:
@@ -399,4 +401,5 @@ class ServerInfo:
             version=_text(fields.get("version"), "version", 64),
             name=_text(fields.get("name", ""), "name", 128),
             rate_tok_s=_integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
+            family=_text(fields.get("family", ""), "family", 128),
         )

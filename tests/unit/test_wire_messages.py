@@ -27,7 +27,7 @@ KWARGS = (
 FORWARD = SpanCall(BlockSpan(2, 4), "0123abcd", HIDDEN, (replace(KWARGS[0]), replace(KWARGS[1], requires_grad=False)), ADAPTER, remaining_ms=1500)
 BACKWARD = SpanCall(BlockSpan(2, 4), "0123abcd", HIDDEN, KWARGS, ADAPTER, torch.ones_like(HIDDEN), True, 1500)
 RESULT = SpanResult(HIDDEN + 1, {1: torch.ones(2, 2, 4), 2: torch.ones(1, 1, 4, dtype=torch.bfloat16)})
-INFO = ServerInfo("0123", 8, BlockSpan(2, 4), ("aa", "bb"), "float32", "cafe", {"torch": "2.13"}, "0.1.0", "lab", 100)
+INFO = ServerInfo("0123", 8, BlockSpan(2, 4), ("aa", "bb"), "float32", "cafe", {"torch": "2.13"}, "0.1.0", "lab", 100, "ours")
 WRONG: list[Any] = [
     None, True, False, -1, 0, 1, 1.5, 1 << 70, 10**400, "", "x" * 5000, "\n\x1b[2J", "\ud800", [], [[]], [0], [4, 2], [-1, 2], [1.0, 2.0],
     [0, 1 << 60], [None, None],
@@ -90,6 +90,8 @@ def test_the_digest_of_an_adapter_is_computed_and_does_not_depend_on_order() -> 
 
 def test_info_of_a_newer_server_may_hold_more() -> None:
     assert ServerInfo.from_json({**INFO.to_json(), "colour": "green"}) == INFO
+    older = {key: value for key, value in INFO.to_json().items() if key != "family"}
+    assert ServerInfo.from_json(older).family == ""
 
 
 def test_a_call_of_a_newer_client_that_asks_for_more_is_refused_and_not_half_done() -> None:
@@ -239,7 +241,7 @@ def test_a_description_without_one_of_its_fields_is_a_wire_error(name: str) -> N
     "changes",
     [{"span": [2, 5]}, {"span": [7, 9]}, {"num_blocks": 3}, {"block_digests": ["aa"]}, {"block_digests": ["aa", 1]},
      {"block_digests": ["aa", "b" * 65]},
-     {"numeric": {"a": 1}}, {"numeric": {str(index): "" for index in range(33)}}, {"rate_tok_s": 1 << 50}],
+     {"numeric": {"a": 1}}, {"numeric": {str(index): "" for index in range(33)}}, {"rate_tok_s": 1 << 50}, {"family": "x" * 129}],
     ids=str,
 )  # fmt: skip
 def test_a_description_that_does_not_fit_together_is_a_wire_error(changes: dict[str, Any]) -> None:
