@@ -107,11 +107,11 @@ def read_curve(path: Path, column: str) -> list[tuple[int, float]]:
 
 def _append(path: Path, text: str) -> None:
     """Append all of ``text`` or nothing."""
-    with open(path, "ab") as file:
-        size = file.tell()
+    with open(path, "ab", buffering=0) as file:  # a buffer would try again on closing, after the cut
+        size, rest = file.tell(), memoryview(text.encode())
         try:
-            file.write(text.encode())
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError:
             os.truncate(path, size)
             raise

@@ -1,5 +1,7 @@
 """What the tests of the training half share; see ``stand_in``."""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +54,14 @@ def swarm(monkeypatch: pytest.MonkeyPatch) -> list[StandInSwarm]:
     monkeypatch.setitem(vars(swarmtune), "connect", make)
     monkeypatch.setitem(vars(swarmtune), "load_causal_lm", stand_in)
     return made
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", folder], check=False, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -3,8 +3,6 @@
 import logging
 import os
 import random
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -59,17 +57,6 @@ def test_later_damaged_checkpoints_do_not_push_whole_ones_out(tiny_model: Path, 
     stale.mkdir()
     train(tiny_model, tmp_path, steps=6, every=2, keep=2)
     assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"step=4", "step=6"}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", folder], check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_neither_the_older_one_nor_the_run(

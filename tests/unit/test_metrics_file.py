@@ -1,7 +1,5 @@
 import csv
 import os
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,24 +39,18 @@ def test_a_resumed_run_keeps_the_rows_before_its_step_and_a_cut_last_row_is_left
     assert read_curve(path, "train_loss") == [(0, 3.0), (1, 2.0), (2, 9.0)]
 
 
-def test_rows_wait_in_memory_while_the_disk_is_full_and_are_written_whole_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "metrics.csv"
+def test_rows_wait_in_memory_while_the_disk_is_full_and_are_written_whole_later(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, filler = small_disk / "metrics.csv", small_disk / "filler"
     file = MetricsFile(path)
-    file.log_metrics({"loss": 1.0}, 0)
+    file.log_metrics({"loss": 1.0, "text": "x" * 4050}, 0)  # the next row needs another page
     file.save()
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, hard))  # a file that cannot grow stands for a disk without room
-        file.log_metrics({"loss": 2.0}, 1)
+    filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
+    for step in (1, 2):
+        file.log_metrics({"loss": 1.0 + step, "text": "y" * 4050}, step)
         file.save()
-        file.log_metrics({"loss": 3.0}, 2)
-        file.save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
     assert read_curve(path, "loss") == [(0, 1.0)]
     assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
+    filler.unlink()
     file.save()
     assert read_curve(path, "loss") == [(0, 1.0), (1, 2.0), (2, 3.0)]
 
