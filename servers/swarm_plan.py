@@ -12,9 +12,10 @@ from typing import Any
 
 from servers.addresses import announced_addresses, listen_addresses
 from servers.config import ServeConfig, read_words
-from swarmtune.app import count_blocks
-from swarmtune.config import nearest, resolve_path
+from swarmtune.config import resolve_path
+from swarmtune.conversion import nearest
 from swarmtune.errors import UsageError
+from swarmtune.model_files import count_blocks
 from swarmtune.types import BlockSpan, gaps
 
 OWN_KEYS = ("blocks", "port", "name", "announce", "host")

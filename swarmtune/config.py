@@ -14,22 +14,18 @@ import glob
 import importlib.resources
 import itertools
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swarmtune.conversion import nearest, to_schema
 from swarmtune.errors import UsageError
 from swarmtune.files import write_text
 from swarmtune.own_recipe import ENDINGS, OwnRecipe
 from swarmtune.schema import Config
 
 T = TypeVar("T")
-
-REQUIRED = "???"
-"""What stands in a YAML file where the user must give a value."""
 
 VERBATIM = ("run_dir", "model.path", "data.path", "data.validation_path", "data.cache_dir", "adapter.path")
 """Keys whose value is a path, taken as typed: spaces, commas and brackets mean nothing to Hydra there."""
@@ -141,7 +137,7 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
         node = OmegaConf.to_container(config, resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
-    return _checked(Config, node, paths)
+    return to_schema(Config, node, paths)
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:
@@ -199,19 +195,7 @@ def compose(config_name: str, overrides: list[str], schema: type[T], own: OwnRec
         raise UsageError(_composition_error(error, own, overrides)) from error
     if own is not None:
         node.setdefault("recipe", "")
-    return _checked(schema, node, [*paths, *(verbatim or {}).items()])
-
-
-def _checked(schema: type[T], node: Any, paths: Sequence[tuple[str, str]]) -> T:
-    """Plain values as an object of the schema."""
-    if not isinstance(node, dict):
-        raise UsageError(f"a configuration must be a group of keys, got {type(node).__name__}")
-    for key, text in paths:
-        _set(node, key, text)
-    known = list(_keys(schema))
-    for key in _unknown_keys(schema, node):
-        raise UsageError(f"there is no key {key}{nearest(key, known)}")
-    return typing.cast(T, _convert(schema, node, ""))
+    return to_schema(schema, node, [*paths, *(verbatim or {}).items()])
 
 
 def expand_sweep(words: Sequence[str]) -> list[list[str]]:
@@ -382,104 +366,10 @@ def resolve_path(path: str) -> str:
     return str(found)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """``; did you mean ...?`` for the nearest of ``known``, or nothing where none is near."""
-    found = difflib.get_close_matches(word, known, 1, 0.6)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def one_line(error: BaseException) -> str:
     """The message of another library's error, without its line breaks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference_type")))
-
-
-def _set(node: dict[str, Any], key: str, value: Any) -> None:
-    *parents, name = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
-    node[name] = value
-
-
-# --- checking ----------------------------------------------------------------------------------------------------------------
-
-
-def _hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
-
-
-def _keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every full key of a schema, groups included."""
-    for name, hint in _hints(schema).items():
-        yield prefix + name
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(typing.cast(type, hint), f"{prefix}{name}.")
-
-
-def _unknown_keys(schema: type, node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Full keys of ``node`` that the schema does not have."""
-    hints = _hints(schema)
-    for name, value in node.items():
-        if name not in hints:
-            yield f"{prefix}{name}"
-        elif dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
-            yield from _unknown_keys(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as ``hint`` asks; strict, because a 4:8 that YAML read as 248 must not pass as text."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, str) and value == REQUIRED:
-        raise UsageError(f"{key} must be given")
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(arg for arg in args if arg is not type(None)), value, key)
-    if dataclasses.is_dataclass(hint):
-        return _convert_dataclass(typing.cast(type, hint), value, key)
-    if origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(_convert(args[0], item, f"{key}[{index}]") for index, item in enumerate(value))
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return _convert_enum(hint, value, key)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint in (str, bool, int) and type(value) is hint:
-        return value
-    raise UsageError(f"{key} must be {_NOUNS.get(origin or hint, str(hint))}, got {value!r}{_quote_hint(hint, value, key)}")
-
-
-_NOUNS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", tuple: "a list", dict: "a group of keys"}
-
-
-def _quote_hint(hint: Any, value: Any, key: str) -> str:
-    return f" (quote it: {key}='\"{value}\"')" if hint is str and isinstance(value, int | float) else ""
-
-
-def _convert_enum(hint: type[enum.Enum], value: Any, key: str) -> enum.Enum:
-    allowed = [str(member.value) for member in hint]
-    if value not in allowed:
-        raise UsageError(f"{key} must be one of {', '.join(allowed)}, got {value!r}{nearest(str(value), allowed)}")
-    return hint(value)
-
-
-def _convert_dataclass(schema: type, value: Any, key: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{key} must be a group of keys, got {value!r}")
-    hints, prefix = _hints(schema), f"{key}." if key else ""
-    arguments = {}
-    for item in dataclasses.fields(schema):
-        if item.name in value:
-            arguments[item.name] = _convert(hints[item.name], value[item.name], prefix + item.name)
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise UsageError(f"{prefix}{item.name} must be given")
-    try:
-        return schema(**arguments)
-    except ValueError as error:
-        raise UsageError(f"{prefix}{error}") from error
 
 
 def to_plain(value: Any) -> Any:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 
+from swarmtune.schema import Config, ProgressKind
+
 
 def printable(text: str, limit: int = 1500) -> str:
     """``text`` on one line without control characters, cut at ``limit``: nothing in it can move a cursor or colour a terminal."""
     line = "".join(character if character.isprintable() else " " for character in text[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def say(config: Config, line: str) -> None:
+    """Tell the user of a run a line, unless the configuration asks for silence."""
+    if config.callbacks.progress is not ProgressKind.NONE:
+        print(line, flush=True)
 
 
 def show_warnings() -> None:

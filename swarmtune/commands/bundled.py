@@ -7,7 +7,8 @@ import importlib.resources
 import re
 from pathlib import Path
 
-from swarmtune.config import nearest, options
+from swarmtune.config import options
+from swarmtune.conversion import nearest
 from swarmtune.errors import UsageError
 
 

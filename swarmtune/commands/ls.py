@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from swarmtune.commands.arguments import Parser
 from swarmtune.commands.bundled import describe, groups
-from swarmtune.config import nearest, options
+from swarmtune.config import options
+from swarmtune.conversion import nearest
 from swarmtune.errors import UsageError
 
 

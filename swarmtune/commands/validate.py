@@ -47,8 +47,9 @@ def check(config: Config) -> str:
         UsageError: whatever is wrong.
     """
     from swarmtune.adapters.adapter import PeftAdapter, load_adapter
-    from swarmtune.app import count_parameters, load_recipe, server_spans, try_trainer
+    from swarmtune.app import load_recipe, server_spans, try_trainer
     from swarmtune.config import resolve_path
+    from swarmtune.model_files import count_parameters
     from swarmtune.skeleton import check_identity, load_config
     from swarmtune.train.library_keys import peft_config
     from swarmtune.weights import Checkpoint, local_path

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swarmtune.config import existing_path, nearest, one_line
+from swarmtune.config import existing_path, one_line
+from swarmtune.conversion import nearest
 from swarmtune.errors import UsageError
 
 

@@ -47,12 +47,12 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Sixty steps, started in a directory that has a ``conf`` and a ``servers`` of its own."""
+    """Thirty steps, started in a directory that has a ``conf`` and a ``servers`` of its own."""
     cwd = tmp_path_factory.mktemp("somewhere")
     for name in ("conf", "servers", "recipes"):
         (cwd / name).mkdir()
         (cwd / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
-    done = run(["recipe=lora_bloom", "trainer.max_steps=60", "run_dir=out"], cwd)
+    done = run(["recipe=lora_bloom", "trainer.max_steps=30", "run_dir=out"], cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return cwd / "out", done.stdout
 
@@ -61,7 +61,7 @@ def test_main_job_ends_with_a_summary_and_a_lower_perplexity(short_run: tuple[Pa
     run_dir, output = short_run
     summary = summary_of(run_dir)
     assert summary.keys() >= SUMMARY_KEYS
-    assert summary["steps"] == 60
+    assert summary["steps"] == 30
     assert math.exp(summary["val_loss_after"]) < 0.93 * math.exp(summary["val_loss_before"])
     assert summary["total_params"] > summary["trainable_params"] > 0
     assert min(summary["bytes_up"], summary["bytes_down"], summary["tokens_per_s"]) > 0
