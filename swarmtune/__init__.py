@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from swarmtune.swarm import Swarm, connect
     from swarmtune.types import BlockSpan, Kwarg
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "BlockSpan": "swarmtune.types",
