@@ -100,7 +100,11 @@ class CausalLMModule(LightningModule):
         """Log the exact mean over all predicted tokens, and its perplexity."""
         if self._val_tokens:
             loss = self._val_loss_sum / self._val_tokens
-            self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss)})
+            # Loggers count steps from 0: a validation after training belongs to the last step, as one within training does.
+            step = (
+                {"step": float(self.global_step - 1)} if self.trainer.validating and self.trainer.state.fn == "validate" and self.global_step else {}
+            )
+            self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss), **step})
 
     def configure_optimizers(self) -> Any:
         """AdamW on what learns, its schedule moved by optimizer steps."""

@@ -14,6 +14,7 @@ from swarmtune import app
 from swarmtune.config import load_config
 from swarmtune.errors import NonFinite, UsageError
 from swarmtune.train.callbacks import Meter
+from swarmtune.train.metrics_file import read_curve
 from swarmtune.train.module import CausalLMModule
 from swarmtune.train.run_dir import new_run_dir
 from tests.unit.stand_in import StandInSwarm, Traffic, module_and_data, quiet_trainer, run_short
@@ -106,10 +107,15 @@ def test_a_whole_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path, s
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step=2", "step=4"}
     for adapter in (run_dir / "adapter", run_dir / "checkpoints" / "step=2" / "adapter"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
-    assert "train_loss" in (run_dir / "metrics.csv").read_text()
+    assert [step for step, _ in read_curve(run_dir / "metrics.csv", "train_loss")] == [0, 1, 2, 3]
     assert "step 4/4" in capsys.readouterr().out
     assert len(swarm) == 2
     assert all(item.closed for item in swarm)
+
+
+def test_the_validation_after_training_is_logged_at_the_last_step(tiny_model: Path, tmp_path: Path, swarm: list[StandInSwarm]) -> None:
+    run_short(tiny_model, tmp_path / "run", "trainer.max_steps=5", "trainer.val_check_interval=2")
+    assert [step for step, _ in read_curve(tmp_path / "run" / "metrics.csv", "val_loss")] == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(
