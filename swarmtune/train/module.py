@@ -101,9 +101,8 @@ class CausalLMModule(LightningModule):
         if self._val_tokens:
             loss = self._val_loss_sum / self._val_tokens
             # Loggers count steps from 0: a validation after training belongs to the last step, as one within training does.
-            step = (
-                {"step": float(self.global_step - 1)} if self.trainer.validating and self.trainer.state.fn == "validate" and self.global_step else {}
-            )
+            after_training = self.trainer.state.fn == "validate" and self.global_step > 0
+            step = {"step": float(self.global_step - 1)} if after_training else {}
             self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss), **step})
 
     def configure_optimizers(self) -> Any:
