@@ -20,6 +20,7 @@ from swarmtune.train.metrics_file import MetricsFile
 logger = logging.getLogger(__name__)
 METRICS = "metrics.csv"
 ARTIFACT_WAIT_S = 120
+WANDB_WAIT_S = 45
 
 
 def make_loggers(
@@ -78,6 +79,7 @@ def _wandb_logger(config: LoggerConfig, run_dir: Path, names: Mapping[str, Any],
             dir=run_dir,
             id=wandb_id,
             resume="allow",
+            settings=wandb.Settings(init_timeout=WANDB_WAIT_S),
             mode="online" if mode in ("online", "run") else "disabled" if mode == "disabled" else "offline",
         )
     except wandb.errors.Error as error:
