@@ -675,6 +675,8 @@ def test_a_flood_of_control_frames_from_a_peer_that_reads_nothing_piles_nothing_
         async with against_raw() as (ours, raw):
             for number in range(50_000):
                 raw.send(kind, request_id=number)
+                if number % 500 == 0:  # from Python 3.12 on, a write takes as long as there are writes that wait
+                    await raw.writer.drain()
             await raw.writer.drain()
             raw.send_message(SMALL, 1 << 50)
             before = len(asyncio.all_tasks())
