@@ -22,7 +22,7 @@ from swarmtune.model_files import count_blocks
 from swarmtune.notices import say
 from swarmtune.own_recipe import load_build
 from swarmtune.schema import Config, Source, SwarmKind
-from swarmtune.train.run_dir import CONFIG, locked, new_run_dir
+from swarmtune.train.run_dir import CONFIG, locked, new_run_dir, writing
 from swarmtune.types import BlockSpan, gaps
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def train(
     run_dir = new_run_dir(config.run_dir, config.title) if resume is None else resume
     with locked(run_dir), ExitStack() as stack:
         if resume is None:
-            save_yaml(config, run_dir / CONFIG)
+            with writing(run_dir):
+                save_yaml(config, run_dir / CONFIG)
         found = (lambda: list(peers)) if peers is not None else stack.enter_context(initial_peers(config, spans, run_dir / "servers"))
         swarm = stack.enter_context(_connect(config, found()))
         from swarmtune.train.run import Run
@@ -117,7 +118,7 @@ def initial_peers(config: Config, spans: list[str], log_dir: Path) -> Iterator[C
     Between the two the heavy libraries are imported, so that nobody waits for anybody. Asked again, it starts servers that have died since.
     """
     if config.swarm.kind is SwarmKind.JOIN:
-        say(config, f"connecting to {len(config.swarm.initial_peers)} peers, for up to {config.swarm.patience_s:.0f} s")
+        say(config, f"connecting to {len(config.swarm.initial_peers)} initial peer(s), for up to {config.swarm.patience_s:.0f} s")
         yield lambda: list(config.swarm.initial_peers)
         return
     path = resolve_path(config.model.path)

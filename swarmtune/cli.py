@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.resources
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -97,8 +98,11 @@ def _dispatch(words: list[str], started: float) -> int:
     if words[0] == "serve":
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
-    if words[0] in ("-m", "--multirun"):
-        return _sweep(words[1:], started)
+    if words[0] not in (*VERBS, COMPLETE) and {"-h", "--help"} & set(words):
+        print(help_text(), end="")
+        return 0
+    if words[0] not in (*VERBS, COMPLETE) and {"-m", "--multirun"} & set(words):
+        return _sweep([word for word in words if word not in ("-m", "--multirun")], started)
     if words[0] == COMPLETE:
         from swarmtune.commands.complete import main as complete
 
@@ -136,8 +140,12 @@ def help_text() -> str:
 def _train(words: list[str], started: float) -> int:
     from swarmtune.resume import plan_run
 
+    _end_as_ctrl_c_does()
     _quieten()
     plan = plan_run(words)
+    if plan.finished and plan.run_dir is not None:
+        print(f"the run {plan.run_dir} is finished; {plan.run_dir / 'summary.json'} has its figures")
+        return 0
     from swarmtune.app import train
 
     _print_summary(train(plan.config, started, resume=plan.run_dir))
@@ -145,12 +153,18 @@ def _train(words: list[str], started: float) -> int:
 
 
 def _sweep(words: list[str], started: float) -> int:
+    _end_as_ctrl_c_does()
     _quieten()
     if not words:
         raise UsageError("a sweep takes the words of a run, some with several values: swarmtune -m recipe=lora_bloom optimizer.lr=1e-3,1e-2")
     from swarmtune.sweep import run_sweep
 
     return run_sweep(words, started)
+
+
+def _end_as_ctrl_c_does() -> None:
+    """SIGTERM stops a run as Ctrl-C does, before and after the training itself too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _quieten() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from swarmtune.config import check_config, differing_keys, load_config, load_saved
 from swarmtune.errors import UsageError
 from swarmtune.schema import Config
-from swarmtune.train.run_dir import CONFIG, check_unfinished, unfinished_runs
+from swarmtune.train.run_dir import CONFIG, SUMMARY, check_unfinished, unfinished_runs
 
 FREE = (
     *("run_dir", "name", "logger.", "callbacks.", "data.num_workers", "data.cache"),
@@ -24,10 +24,12 @@ class Plan:
 
     Attributes:
         run_dir: of the run to go on with; ``None`` for a new run.
+        finished: there is nothing left to do.
     """
 
     config: Config
     run_dir: Path | None
+    finished: bool = False
 
 
 def plan_run(words: Sequence[str], say: Callable[[str], None] = print) -> Plan:
@@ -53,7 +55,9 @@ def plan_run(words: Sequence[str], say: Callable[[str], None] = print) -> Plan:
     named = any(word.partition("=")[0] == "recipe" for word in rest)
     config = load_config(rest) if named else load_saved(run_dir / CONFIG, rest)
     check_config(config, adapter_given=False)
-    if other := _deciding(saved, config):
+    if config.run_dir is not None and any(word.partition("=")[0] == "run_dir" for word in rest) and Path(config.run_dir).absolute() != run_dir:
+        raise UsageError(f"resume: a run goes on in its own directory, {run_dir}: leave out run_dir")
+    if other := deciding_keys(saved, config):
         raise UsageError(f"resume: the run {run_dir} began with another {', '.join(other[:5])}: leave it as it was, or start a new run")
     return Plan(config, run_dir)
 
@@ -64,22 +68,23 @@ def _automatic(words: list[str], say: Callable[[str], None]) -> Plan:
     if config.run_dir is not None:
         if not (Path(config.run_dir) / CONFIG).is_file():
             return Plan(config, None)
-        candidates = [check_unfinished(config.run_dir)]
+        candidates = [Path(config.run_dir).absolute()]
     else:
         candidates = unfinished_runs(config.title)
     for folder in candidates:
         try:
-            other = _deciding(load_saved(folder / CONFIG), config)
+            other = deciding_keys(load_saved(folder / CONFIG), config)
         except UsageError as error:
             say(f"not resuming {folder}: {error}")
             continue
         if not other:
-            return Plan(config, folder)
+            return Plan(config, folder, finished=(folder / SUMMARY).exists())
         if config.run_dir is not None:
             raise UsageError(f"resume: the run {folder} began with another {', '.join(other[:5])}: leave it as it was, or give another run_dir")
         say(f"not resuming {folder}, which began with another {', '.join(other[:5])}")
     return Plan(config, None)
 
 
-def _deciding(saved: Config, config: Config) -> list[str]:
+def deciding_keys(saved: Config, config: Config) -> list[str]:
+    """Full keys in which two configurations of one run differ, of those that decide its result."""
     return [key for key in differing_keys(saved, config) if not key.startswith(FREE)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,12 +19,15 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmtune import app
-from swarmtune.config import differing_keys, expand_sweep, load_config, load_saved, resolve_path, to_plain
+from swarmtune.config import expand_sweep, load_config, load_saved, resolve_path, to_plain
 from swarmtune.errors import SwarmtuneError, UsageError
 from swarmtune.files import write_json, write_text
+from swarmtune.notices import printable
+from swarmtune.resume import deciding_keys
 from swarmtune.schema import Config, SwarmKind
-from swarmtune.train.run_dir import CONFIG, ROOT, SUMMARY
+from swarmtune.train.run_dir import CONFIG, ROOT, SUMMARY, locked
 
+logger = logging.getLogger(__name__)
 MAX_RUNS = 1000
 SWARM_KEYS = ("kind", "initial_peers", "servers", "spans", "dtype", "threads", "quantize")
 """Runs that agree in these, and in the model, share their servers."""
@@ -66,15 +70,26 @@ def run_sweep(words: Sequence[str], started: float) -> int:
         UsageError: anything wrong with a word; nothing has been started then.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the table of what there is.
     """
-    resume = "resume=auto" in words
+    given = [word.partition("=")[2] for word in words if word.partition("=")[0] == "resume"]
+    if given not in ([], ["auto"]):
+        raise UsageError("a sweep takes resume=auto together with its run_dir, nothing else")
+    resume = bool(given)
     trials = plan_sweep([word for word in words if word.partition("=")[0] != "resume"], resume)
-    folder, results = trials[0].run_dir.parent, [_finished(trial) if resume else None for trial in trials]
-    print(f"{len(trials)} runs in {folder}", flush=True)
+    folder, results = trials[0].run_dir.parent, [_finished(trial) for trial in trials]
     try:
-        for group in _by_servers(trials):
-            _run_group(group, trials, results, started)
-    finally:
-        _report(folder, trials, results)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"run_dir: {folder} cannot be made: {error.strerror}") from error
+    with locked(folder):
+        print(f"{len(trials)} runs in {folder}", flush=True)
+        _write(folder, trials, results)
+        try:
+            for group in _by_servers(trials):
+                _run_group(group, trials, results, started)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"interrupted; go on with the same words, run_dir={folder} and resume=auto") from error
+        finally:
+            _report(folder, trials, results)
     return int(any(result is None or "error" in result for result in results))
 
 
@@ -87,14 +102,12 @@ def plan_sweep(words: Sequence[str], resume: bool = False) -> list[Trial]:
     combinations = expand_sweep(words)
     if len(combinations) > MAX_RUNS:
         raise UsageError(f"this sweep has {len(combinations)} runs; at most {MAX_RUNS} are done at once")
-    if any(word.partition("=")[0] == "resume" for word in words):
-        raise UsageError("a sweep takes resume=auto together with its run_dir, nothing else")
     first = load_config(combinations[0])
     if resume and first.run_dir is None:
         raise UsageError("a sweep takes resume=auto together with its run_dir=DIRECTORY")
     base = Path(first.run_dir or ROOT / first.title / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_sweep").absolute()
-    if not resume and (base / "sweep.json").exists():
-        raise UsageError(f"run_dir: {base} already holds a sweep; give another directory, or go on with it: add resume=auto")
+    if not resume and any(path.exists() for path in (base / "sweep.json", base / CONFIG, *(base / str(number) / CONFIG for number in range(10)))):
+        raise UsageError(f"run_dir: {base} already holds runs; give another directory, or go on with a sweep: add resume=auto")
     varying = [index for index in range(len(combinations[0])) if len({combination[index] for combination in combinations}) > 1]
     width = len(str(len(combinations) - 1))
     trials = []
@@ -102,7 +115,20 @@ def plan_sweep(words: Sequence[str], resume: bool = False) -> list[Trial]:
         config = load_config([*(word for word in combination if word.partition("=")[0] != "run_dir"), f"run_dir={base / str(number).zfill(width)}"])
         app.check_trainer(config)
         trials.append(Trial(tuple(combination[index] for index in varying), config))
+        _check_same(trials[-1])
     return trials
+
+
+def _check_same(trial: Trial) -> None:
+    """A directory that a run of an earlier sweep has left must be of this very run.
+
+    Raises:
+        UsageError: it began with other values.
+    """
+    if not (trial.run_dir / CONFIG).exists():
+        return
+    if other := deciding_keys(load_saved(trial.run_dir / CONFIG), trial.config):
+        raise UsageError(f"resume: the run {trial.run_dir} began with another {', '.join(other[:5])}: repeat the sweep with the words that began it")
 
 
 def _by_servers(trials: Sequence[Trial]) -> Iterator[list[int]]:
@@ -120,7 +146,6 @@ def _run_group(group: list[int], trials: Sequence[Trial], results: list[dict[str
     first = trials[waiting[0]]
     spans = app.server_spans(first.config, resolve_path(first.config.model.path)) if first.config.swarm.kind is SwarmKind.LOCAL else []
     folder = first.run_dir.parent
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         ready = stack.enter_context(app.initial_peers(first.config, spans, folder / f"servers-{group[0]}"))
         for number in waiting:
@@ -128,9 +153,12 @@ def _run_group(group: list[int], trials: Sequence[Trial], results: list[dict[str
             print(f"\n[{number + 1}/{len(trials)}] {' '.join(trial.words) or 'as given'}", flush=True)
             try:
                 results[number] = app.train(trial.config, started, resume=_interrupted(trial), peers=ready(), group=folder.name)
-            except SwarmtuneError as error:
-                print(f"failed: {error}", flush=True)
-                results[number] = {"error": str(error)}
+            except (SwarmtuneError, RuntimeError, OSError) as error:
+                if not isinstance(error, SwarmtuneError):
+                    logger.exception("an unexpected failure")
+                print(f"failed: {printable(str(error))}", flush=True)
+                results[number] = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, SwarmtuneError) else str(error)}
+            _write(folder, trials, results)
             started = time.monotonic()
 
 
@@ -144,8 +172,6 @@ def _finished(trial: Trial) -> dict[str, Any] | None:
     path = trial.run_dir / SUMMARY
     if not path.exists():
         return None
-    if other := differing_keys(load_saved(trial.run_dir / CONFIG), trial.config):
-        raise UsageError(f"resume: the run {trial.run_dir} began with another {', '.join(other[:5])}: repeat the sweep with the words that began it")
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -163,21 +189,23 @@ def _report(folder: Path, trials: Sequence[Trial], results: Sequence[dict[str, A
     for number, row in enumerate(rows):
         table.add_row(*map(Text, row), style="bold" if number == best else None)
     Console().print(table)
-    if not folder.is_dir():
-        return
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([names, *rows])
     write_text(folder / "sweep.csv", text.getvalue())
+    print(f"table: {folder / 'sweep.csv'}")
+
+
+def _write(folder: Path, trials: Sequence[Trial], results: Sequence[dict[str, Any] | None]) -> None:
+    """What the sweep is and what it has given so far, in ``sweep.json``."""
     runs = [{"words": list(trial.words), "run_dir": str(trial.run_dir), "result": result} for trial, result in zip(trials, results, strict=True)]
     write_json(folder / "sweep.json", {"runs": runs})
-    print(f"table: {folder / 'sweep.csv'}")
 
 
 def _figures(result: dict[str, Any] | None, best: bool) -> list[str]:
     if result is None:
         return ["", "", "", "", "not done"]
     if "error" in result:
-        return ["", "", "", "", f"failed: {result['error'][:80]}"]
+        return ["", "", "", "", f"failed: {printable(result['error'], 60)}"]
     loss, perplexity = result["val_loss_after"], result["val_ppl_after"]
     return [
         "" if loss is None else f"{loss:.4f}",

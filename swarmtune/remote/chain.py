@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -119,7 +119,7 @@ class ServerTotals:
     """What one server did for this client so far.
 
     Attributes:
-        label: its name and the end of its peer id, fit for the name of a metric.
+        label: its name or its blocks, fit for the name of a metric.
         span: the blocks that it held when it was first called.
         calls: forwards and backwards asked of it.
         failures: of these, those that it did not do.
@@ -167,9 +167,10 @@ class ChainCounters:
     servers: dict[str, ServerTotals] = field(default_factory=dict)
 
 
-def _label(peer: str, info: ServerInfo) -> str:
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:40] or f"blocks{info.span.start}-{info.span.stop}"
-    return f"{name}.{peer[-6:]}"
+def _label(peer: str, info: ServerInfo, taken: Collection[str]) -> str:
+    """The name of a server, or its blocks, so that runs can be compared; where two would be called alike, with the end of its peer id."""
+    label = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:40] or f"blocks{info.span.start}-{info.span.stop}"
+    return f"{label}.{peer[-6:]}" if label in taken else label
 
 
 def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:
@@ -329,7 +330,8 @@ class Chain:
         totals = self.counters.servers.get(peer)
         if totals is None:
             info = self._directory.known[peer].info
-            totals = self.counters.servers[peer] = ServerTotals(_label(peer, info), info.span)
+            taken = {server.label for server in self.counters.servers.values()}
+            totals = self.counters.servers[peer] = ServerTotals(_label(peer, info, taken), info.span)
         return totals
 
 

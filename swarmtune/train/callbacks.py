@@ -85,7 +85,8 @@ class Meter(Callback):
         self.before: dict[str, float] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
         self._batch_started, self._waited_s = started, 0.0
-        self._logged_step = 0
+        self._losses: list[float] = []
+        self._step = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -128,12 +129,26 @@ class Meter(Callback):
         self._recent.append((tokens, spent))
         if self.first_step_s is None:
             self.first_step_s = now - self.started
-        self.train_loss = float(trainer.callback_metrics["train_loss"])
-        pl_module.log("tokens_per_s", self.recent_tokens_per_s)
-        if trainer.global_step > self._logged_step and trainer.global_step % getattr(trainer, "log_every_n_steps", 1) == 0:
-            self._logged_step = trainer.global_step
-            for each in trainer.loggers:  # not through the module's log, which would round byte counts to 24 bits
-                each.log_metrics({name: float(value) for name, value in self.totals().items()}, step=trainer.global_step - 1)
+        self._losses.append(float(trainer.callback_metrics["train_loss"]))
+        if trainer.global_step > self._step:
+            self._end_step(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count steps from where training begins."""
+        self._step, self._losses = trainer.global_step, []
+
+    def _end_step(self, trainer: Trainer) -> None:
+        """Log one row for an optimizer step, whole before a checkpoint of that step is written."""
+        self._step = trainer.global_step
+        self.train_loss = sum(self._losses) / len(self._losses)
+        self._losses = []
+        if self._step % getattr(trainer, "log_every_n_steps", 1):
+            return
+        row = {"train_loss": self.train_loss, "tokens_per_s": self.recent_tokens_per_s, "epoch": trainer.current_epoch, **self.totals()}
+        if "lr" in trainer.callback_metrics:
+            row["lr"] = float(trainer.callback_metrics["lr"])
+        for each in trainer.loggers:  # not through the module's log, which would round byte counts to 24 bits
+            each.log_metrics({name: float(value) for name, value in row.items()}, step=self._step - 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the validation loss of this step."""

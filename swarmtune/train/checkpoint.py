@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 STATE, MANIFEST = "state.ckpt", "manifest.json"
 KEY = "swarmtune"
 """Where our part stands in the Trainer's state."""
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What torch and safetensors raise when a disk is full, besides what the system says."""
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UsageError)
+"""What torch, safetensors and an adapter that saves itself raise when a disk is full, besides what the system says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +106,23 @@ class AdapterCheckpoint(Checkpoint):
     def __init__(self, directory: Path, every_steps: int, keep: int = -1, facts: Mapping[str, Any] | None = None) -> None:
         self.directory, self.every_steps, self.keep = directory, every_steps, keep
         self.facts = dict(facts or {})
-        self._saved_step = self._seen_step = 0
+        self._saved_step = 0
         self._stepping = False
         self._boundary: dict[str, Any] = {}
         self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count where training begins."""
-        self._saved_step = self._seen_step = trainer.global_step
+        """Begin to count where training begins; after a resume, with the batch after the last one that was trained."""
+        self._saved_step = trainer.global_step
         self._stepping, self._boundary = False, {}
+        position = (self._restored or {}).get("loader")
+        if position is not None:  # Lightning forgets it where the length of an epoch was asked for before
+            cast(Any, trainer.train_dataloader).load_state_dict(position)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """After a resume: the random generators go on where they were; everything since then was preparation."""
         if self._restored is not None:
-            restore_rng(self._restored)
+            restore_rng(self._restored["rng"])
             self._restored = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -128,12 +131,20 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Remember where a step ended; save when a multiple of ``every_steps`` is reached."""
-        self._stepping = False
-        if trainer.global_step == self._seen_step:
+        step = trainer.global_step
+        if step == self._boundary.get("step", self._saved_step):
             return
-        self._seen_step = trainer.global_step
-        self._boundary = {"loops": copy.deepcopy(trainer.fit_loop.state_dict()), "rng": rng_state()}
-        if trainer.global_step % self.every_steps == 0:
+        loader = cast(Any, trainer.train_dataloader)
+        # A signal may come at any moment: what belongs together is put in place by one assignment.
+        self._boundary = {
+            "step": step,
+            "loops": copy.deepcopy(trainer.fit_loop.state_dict()),
+            "callbacks": {each.state_key: copy.deepcopy(each.state_dict()) for each in trainer.callbacks if each is not self},  # type: ignore[attr-defined]
+            "rng": rng_state(),
+            "loader": loader.state_dict() if hasattr(loader, "load_state_dict") else None,
+        }
+        self._stepping = False
+        if step % self.every_steps == 0:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,7 +160,8 @@ class AdapterCheckpoint(Checkpoint):
         """Put the loops and the random generators as they were between two steps."""
         if self._boundary:
             checkpoint["loops"]["fit_loop"] = self._boundary["loops"]
-            checkpoint[KEY] = {"rng": self._boundary["rng"], "facts": self.facts}
+            checkpoint["callbacks"] = {key: state for key, state in self._boundary["callbacks"].items() if state}
+            checkpoint[KEY] = {"rng": self._boundary["rng"], "loader": self._boundary["loader"], "facts": self.facts}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the random generators' states, for the moment when training goes on.
@@ -159,12 +171,12 @@ class AdapterCheckpoint(Checkpoint):
         """
         ours = checkpoint.get(KEY, {})
         check_facts(ours.get("facts", {}), self.facts)
-        self._restored = ours.get("rng")
+        self._restored = ours if "rng" in ours else None
 
     def save(self, trainer: Trainer, pl_module: Any) -> None:
         """Write a checkpoint of the last finished step, unless that has been done."""
-        step = self._seen_step
-        if step == self._saved_step or not self._boundary or getattr(trainer, "fast_dev_run", False):
+        step = self._boundary.get("step", self._saved_step)
+        if step == self._saved_step or getattr(trainer, "fast_dev_run", False):
             return
         folder, partial = self.directory / f"step={step}", self.directory / f".step={step}.partial"
         for each in trainer.loggers:
@@ -216,7 +228,12 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         UsageError: the data, the model or its weights changed.
     """
-    names = {"data": "the training data are", "model": "the model's configuration is", "weights": "the servers' weights are"}
+    names = {
+        "recipe": "the recipe's code is",
+        "data": "the training data are",
+        "model": "the model's configuration is",
+        "weights": "the servers' weights are",
+    }
     for key, noun in names.items():
         if key in saved and key in now and saved[key] != now[key]:
             raise UsageError(f"resume: {noun} not what this run began with, so it cannot go on as if nothing had happened: start a new run")

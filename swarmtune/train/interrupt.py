@@ -16,8 +16,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopBetweenSteps(Callback):
     """Turns the first signal into a ``KeyboardInterrupt`` between two batches, where everything can be saved; the second comes at once.
 
-    Must stand after the checkpoint callback in the Trainer's list.
-
     Args:
         say: tells the user a sentence.
     """
@@ -39,14 +37,10 @@ class StopBetweenSteps(Callback):
         if self._told:
             raise KeyboardInterrupt
         self._told = True
-        self._say("stopping after this step; press Ctrl-C again to stop at once")
+        self._say("stopping after this step and its validation; press Ctrl-C again to stop at once")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here if told to."""
-        self._stop()
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Stop here if told to."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop here if told to: the step before is whole, validated where that was due, and remembered by the checkpoint callback."""
         self._stop()
 
     def _stop(self) -> None:

@@ -35,6 +35,7 @@ class MetricsFile(Logger):
         self._columns: list[str] = []
         self._waiting: list[dict[str, Any]] = []
         self._warned = False
+        self._last: dict[str, Any] = {}
         if path.exists():
             self._take_over(keep_below)
 
@@ -57,6 +58,10 @@ class MetricsFile(Logger):
         if self._waiting and self._waiting[-1]["step"] == step:
             self._waiting[-1].update(row)
             return
+        if step == self._last.get("step"):  # Lightning repeats a validation that stood behind the checkpoint of a resumed run
+            row = {"step": step} | {name: value for name, value in row.items() if name not in self._last}
+            if len(row) == 1:
+                return
         if len(self._waiting) >= FLUSH_EVERY_ROWS:
             self.save()
         self._waiting.append(row)
@@ -96,6 +101,9 @@ class MetricsFile(Logger):
     def _take_over(self, keep_below: int) -> None:
         rows = [row for row in self._read() if row.get("step", "").isdigit() and int(row["step"]) < keep_below]
         self._columns = list(rows[0]) if rows else []
+        for row in rows:
+            if int(row["step"]) == int(rows[-1]["step"]):
+                self._last |= {name: value for name, value in row.items() if value != ""} | {"step": int(row["step"])}
         write_text(self.path, _as_csv(self._columns, rows, header=True) if rows else "")
 
 

@@ -69,8 +69,8 @@ class CausalLMModule(LightningModule):
         loss: Tensor = self(**batch).loss
         if not torch.isfinite(loss):
             raise NonFinite(f"the training loss became {loss.item()} at step {self.global_step}: try a lower optimizer.lr or a higher precision")
-        self.log("train_loss", loss, batch_size=len(batch["input_ids"]))
-        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log("train_loss", loss, batch_size=len(batch["input_ids"]), logger=False)  # the Meter logs one row for each optimizer step
+        self.log("lr", self.optimizers().param_groups[0]["lr"], logger=False)  # type: ignore[union-attr]
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -100,10 +100,9 @@ class CausalLMModule(LightningModule):
         """Log the exact mean over all predicted tokens, and its perplexity."""
         if self._val_tokens:
             loss = self._val_loss_sum / self._val_tokens
-            # Loggers count steps from 0: a validation after training belongs to the last step, as one within training does.
-            after_training = self.trainer.state.fn == "validate" and self.global_step > 0
-            step = {"step": float(self.global_step - 1)} if after_training else {}
-            self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss), **step})
+            # Loggers count steps from 0: a validation belongs to the step before it, wherever it runs.
+            place = {"step": float(self.global_step - 1), "epoch": float(self.current_epoch)} if self.global_step else {}
+            self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss), **place})
 
     def configure_optimizers(self) -> Any:
         """AdamW on what learns, its schedule moved by optimizer steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import signal
 import time
@@ -29,7 +30,7 @@ from swarmtune.train.checkpoint import AdapterCheckpoint, SavedState, newest_che
 from swarmtune.train.interrupt import StopBetweenSteps
 from swarmtune.train.loggers import METRICS, finish, make_loggers, publish, wandb_run
 from swarmtune.train.metrics_file import read_curve
-from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, FACTS, SUMMARY, read_facts
+from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, FACTS, SUMMARY, read_facts, writing
 
 Build = Callable[[Config, swarmtune.Swarm], tuple[LightningModule, LightningDataModule]]
 """What a recipe gives: its module and its data."""
@@ -53,15 +54,18 @@ class Run:
                 self.config,
                 f"going on with {self.run_dir} " + (f"after step {saved.step}" if saved else "from its start: it has no whole checkpoint"),
             )
-        loggers = self._loggers(saved.step if saved else 0)
+        with writing(self.run_dir):
+            loggers = self._loggers(saved.step if saved else 0)
         code = 1
         try:
             trainer = build_trainer(self.config, self.run_dir, self.meter, loggers, self._facts(data))
             waited_s = time.monotonic() - self.started
-            say(self.config, f"ready after {waited_s:.0f} s; {trainable_parameters(module):,} parameters learn")
+            mode = "".join(f", the body computes in {mode}" for mode in self.swarm.fingerprint().get("mode", ()))
+            say(self.config, f"ready after {waited_s:.0f} s; {trainable_parameters(module):,} parameters learn{mode}")
             with self._breaking_off(trainer):
                 after = self._fit(trainer, module, data, saved)
-            summary = self._finish(trainer, module, after)
+                with writing(self.run_dir):
+                    summary = self._finish(trainer, module, after)
             publish(loggers, summary)
             code = 0
         finally:
@@ -88,12 +92,13 @@ class Run:
             "config": to_plain(self.config),
         }
         before = read_facts(self.run_dir) if self.resumed else {}
+        wandb_id = before.get("wandb_id")
         loggers = make_loggers(
             self.config.logger,
             self.run_dir,
             names=names,
             keep_below=keep_below,
-            wandb_id=before.get("wandb_id"),
+            wandb_id=wandb_id if isinstance(wandb_id, str) else None,
             say=lambda sentence: say(self.config, sentence),
         )
         run = wandb_run(loggers)
@@ -104,7 +109,11 @@ class Run:
         """What must stay the same for a resumed run to be the same run."""
         facts = dict(self.swarm.fingerprint())
         fingerprint = getattr(data, "fingerprint", None)
-        return facts | ({"data": fingerprint()} if fingerprint is not None else {})
+        if fingerprint is not None:
+            facts["data"] = fingerprint()
+        if self.config.recipe.endswith(".py"):
+            facts["recipe"] = hashlib.sha256(Path(self.config.recipe).read_bytes()).hexdigest()
+        return facts
 
     @contextmanager
     def _breaking_off(self, trainer: Trainer) -> Iterator[None]:
@@ -173,6 +182,7 @@ class Run:
             "bytes_up": int(totals["bytes_up"]),
             "bytes_down": int(totals["bytes_down"]),
             "retries": int(totals["retries"]),
+            "swarm": self.swarm.fingerprint(),
             "servers": servers,
         }
 

@@ -63,9 +63,13 @@ def check_unfinished(path: str) -> Path:
 
 
 def unfinished_runs(recipe: str) -> list[Path]:
-    """Interrupted runs of a recipe under ``runs/``, the latest first; one that another process works on is none."""
+    """Interrupted runs of a recipe under ``runs/``: those with a checkpoint first, then the latest; one that another process works on is none."""
     folders = [folder for folder in (ROOT / recipe).glob("*") if (folder / CONFIG).is_file() and not (folder / SUMMARY).exists()]
-    return [folder.absolute() for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True) if not _is_locked(folder)]
+    return [folder.absolute() for folder in sorted(folders, key=_progress, reverse=True) if not _is_locked(folder)]
+
+
+def _progress(folder: Path) -> tuple[bool, float]:
+    return any((folder / CHECKPOINTS).glob("step=*")), folder.stat().st_mtime
 
 
 @contextmanager
@@ -75,10 +79,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         UsageError: another process works on this run.
     """
-    try:
+    with writing(run_dir):
         file = open(run_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,9 +89,10 @@ def locked(run_dir: Path) -> Iterator[None]:
             raise UsageError(
                 f"run_dir: process {file.read(32).strip() or 'unknown'} is working on {run_dir}: wait for it, or end it first"
             ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with writing(run_dir):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield
 
 
@@ -113,3 +116,16 @@ def read_facts(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"resume: {run_dir / FACTS} cannot be read: {error}") from error
     return facts if isinstance(facts, dict) else {}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full or read-only disk into a sentence.
+
+    Raises:
+        UsageError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

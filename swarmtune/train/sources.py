@@ -303,12 +303,24 @@ class DatasetSource:
         return total.hexdigest()
 
     def names(self) -> list[str]:
-        """What a stream is known by: its settings, and the names and sizes of local files."""
+        """What a stream is known by: its settings, and the names, sizes and samples of local files, which may be too large to read whole."""
         settings = [self.layout, self.column, str(self.template), self.split, str(self.name), str(self.revision)]
         files = self.files()
-        return [*settings, *(f"{path.name}:{path.stat().st_size}" for path in files)] if files else [*settings, self.path]
+        return [*settings, *(f"{path.name}:{_sampled_digest(path)}" for path in files)] if files else [*settings, self.path]
 
 
+def _sampled_digest(path: Path) -> str:
+    """A digest of a file's size and of pieces of it, evenly spaced, its first and last among them."""
+    size = path.stat().st_size
+    total = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for sample in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            total.update(file.read(SAMPLE_BYTES))
+    return total.hexdigest()[:16]
+
+
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 Source = PythonTopics | DatasetSource
 SOURCE_KEYS = ("source", "path", "name", "revision", "text_column", "text_template", "split", "validation_split", "validation_path", "streaming")
 """Keys of ``swarmtune.schema.DataConfig`` that say where text comes from."""

@@ -55,6 +55,8 @@ def test_a_failed_run_is_noted_and_a_sweep_that_was_broken_off_goes_on(
     step = CausalLMModule.training_step
 
     def broken(self: CausalLMModule, batch: dict, batch_idx: int) -> object:
+        if self.lr == 1e-3 and self.global_step == 3:
+            raise RuntimeError("out of memory")
         if self.lr == 2e-3:
             raise SwarmError("nobody answers")
         if self.lr == 3e-3:
@@ -68,9 +70,18 @@ def test_a_failed_run_is_noted_and_a_sweep_that_was_broken_off_goes_on(
             run_sweep(given, 0.0)
     table = (tmp_path / "s" / "sweep.csv").read_text()
     assert "failed: nobody answers" in table
+    assert "failed: RuntimeError: out of memory" in table
     assert "not done" in table
-    with pytest.raises(UsageError, match="already holds a sweep"):
+    with pytest.raises(UsageError, match="already holds runs"):
         plan_sweep(given)
+    (tmp_path / "s" / "sweep.json").unlink()
+    with pytest.raises(UsageError, match="already holds runs"):
+        plan_sweep(given)
+    with pytest.raises(UsageError, match=r"began with another optimizer\.lr"):
+        run_sweep([*words(tiny_model, tmp_path / "s", "optimizer.lr=4e-3,2e-3,3e-3"), "resume=auto"], 0.0)
+    with pytest.raises(UsageError, match="takes resume=auto"):
+        run_sweep([*given, f"resume={tmp_path / 's' / '0'}"], 0.0)
+    assert run_sweep([*given, "resume=auto"], 0.0) == 0
     first = (tmp_path / "s" / "0" / "summary.json").stat().st_mtime_ns
     assert run_sweep([*given, "resume=auto"], 0.0) == 0
     assert (tmp_path / "s" / "0" / "summary.json").stat().st_mtime_ns == first
