@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from swarmtune.config import load_config as load_run_config
 from swarmtune.config import options, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.skeleton import load_config
+from swarmtune.train.saved_state import file_digest
 from tests.harness import lora
 
 
@@ -184,6 +186,18 @@ def test_settings_that_would_be_ignored_are_refused() -> None:
 # --- export ------------------------------------------------------------------------------------------------------------------
 
 
+def write_manifest(checkpoint: Path) -> None:
+    files = {str(path.relative_to(checkpoint)): file_digest(path) for path in checkpoint.rglob("*") if path.is_file()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+def flip(path: Path) -> None:
+    """Damage the last byte of a file, which leaves its format as it was."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture(scope="module")
 def trained(bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory as training leaves it: a final adapter, and checkpoints with other values."""
@@ -197,6 +211,7 @@ def trained(bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter.save_pretrained(run / place / "adapter")
         if place != ".":
             (run / place / "state.ckpt").touch()
+            write_manifest(run / place)
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(bloom)}}))
     (run / "summary.json").write_text(json.dumps({"steps": 10}))
     return run
@@ -240,6 +255,21 @@ def test_a_run_that_has_not_reached_its_end_gives_its_newest_checkpoint(trained:
     assert "holds no adapter" in refused(["export", "run", "c"], capsys)
 
 
+def test_a_damaged_checkpoint_is_never_exported(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(trained, here / "run")
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step=90" / "adapter").mkdir(parents=True)
+    flip(run / "checkpoints" / "step=10" / "adapter" / "adapter_model.safetensors")
+    assert "the adapter of the newest checkpoint that is whole, step 5" in said(["export", "run", "a"], capsys)
+    assert same(weights(here / "a"), weights(trained / "checkpoints" / "step=5" / "adapter"))
+    for named in ("step=10", "step=10/state.ckpt", "step=10/adapter", "step=90"):
+        assert "is damaged" in refused(["export", f"run/checkpoints/{named}", "b"], capsys)
+    flip(run / "checkpoints" / "step=5" / "adapter" / "adapter_model.safetensors")
+    assert main(["export", "run", "b"]) == 2
+    assert "every checkpoint of" in capsys.readouterr().err
+    assert not (here / "b").exists()
+
+
 def test_a_run_that_went_on_after_its_summary_gives_its_newest_checkpoint(trained: Path, here: Path) -> None:
     run = shutil.copytree(trained, here / "run")
     (run / "summary.json").write_text(json.dumps({"steps": 5}))
@@ -247,6 +277,11 @@ def test_a_run_that_went_on_after_its_summary_gives_its_newest_checkpoint(traine
     (run / "summary.json").write_text("{")
     with pytest.raises(UsageError, match=r"summary\.json cannot be read"):
         export.find_adapter(run)
+
+
+def current_umask() -> int:
+    (here := os.umask(0), os.umask(here))
+    return here
 
 
 def test_export_replaces_an_earlier_export_only_and_only_if_forced(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,8 +293,53 @@ def test_export_replaces_an_earlier_export_only_and_only_if_forced(trained: Path
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").touch()
     assert "is not an earlier export" in refused(["export", str(trained), "mine", "--force"], capsys)
-    assert "is not an earlier export" in refused(["export", str(trained), "out", "--force", "--merge"], capsys)
+    said(["export", str(trained), "out", "--force", "--merge"], capsys)
+    assert (here / "out" / "config.json").is_file()
+    assert not (here / "out" / "adapter_config.json").exists()
     assert sorted(path.name for path in here.iterdir()) == ["mine", "out"]
+
+
+def test_export_says_in_its_marker_where_it_came_from(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(["export", str(trained / "checkpoints/step=5"), "out"], capsys)
+    marker = json.loads((here / "out" / export.MARKER).read_text())
+    assert (marker["source"], marker["step"]) == (str(trained / "checkpoints/step=5/adapter"), 5)
+    assert sorted(marker["files"]) == sorted(path.name for path in (here / "out").iterdir() if path.name != export.MARKER)
+    assert {(here / "out" / name).stat().st_mode & 0o777 for name in marker["files"]} == {0o666 & ~current_umask()}
+
+
+def test_force_never_replaces_what_people_or_runs_keep(trained: Path, bloom: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = shutil.copytree(bloom, here / "model"), shutil.copytree(trained, here / "run")
+    said(["export", "run", "out", "--merge"], capsys)
+    (here / "out" / "notes").mkdir()
+    (here / "out" / "notes" / "README.md").touch()
+    said(["export", "run", "merged", "--merge"], capsys)
+    said(["export", "run", "run/exported"], capsys)
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    for words, sentence in (
+        (["model", "--merge", "--model", str(model)], "is not an earlier export"),
+        (["out", "--merge"], "holds notes, which export did not write"),
+        (["merged", "--merge", "--model", "merged"], "holds the model itself"),
+        (["run/adapter"], f"lies in the run {run}"),
+        (["run/exported"], f"lies in the run {run}"),
+        (["run"], f"lies in the run {run}"),
+    ):
+        assert main(["export", "run", *words, "--force"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+@pytest.mark.parametrize("words", [[], ["--merge"]])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    words: list[str], trained: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize - 8192))
+    assert main(["export", str(trained), str(small_disk / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{small_disk / 'out'}" in err
+    assert "cannot be written" in err
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_damaged_adapter_leaves_nothing(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
