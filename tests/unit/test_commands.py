@@ -21,7 +21,7 @@ from swarmtune.commands import export
 from swarmtune.commands.arguments import Parser
 from swarmtune.commands.bundled import describe, groups, recipe_files
 from swarmtune.config import load_config as load_run_config
-from swarmtune.config import options, to_plain
+from swarmtune.config import options, save_yaml, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.skeleton import load_config
 from swarmtune.train.saved_state import file_digest
@@ -129,6 +129,16 @@ def test_cp_goes_into_a_directory_and_makes_it_only_if_told(here: Path, capsys: 
     assert load_run_config(["recipe=a/b/it's mine.yaml"]).recipe == str(here / "a" / "b" / "it's mine.py")
 
 
+def test_cp_writes_both_files_or_none(here: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes((disk.f_bavail - 1) * disk.f_bsize))
+    assert "cannot be written: No space left" in refused(["cp", "lora_bloom", str(small_disk / "mine")], capsys)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    (here / "taken.py").mkdir()
+    assert "taken.py cannot be written: Is a directory" in refused(["cp", "lora_bloom", "taken", "--force"], capsys)
+    assert not (here / "taken.yaml").exists()
+
+
 def test_a_copy_speaks_of_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said(["cp", "lora_bloom", "mine"], capsys)
     for path in here.iterdir():
@@ -152,9 +162,32 @@ def test_show_source_prints_both_files(here: Path, capsys: pytest.CaptureFixture
 
 def test_show_prints_what_a_run_had(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "run").mkdir()
-    (here / "run" / "config.yaml").write_text("seed: 3\n")
-    assert said(["show", "run"], capsys) == "seed: 3\n"
+    save_yaml(load_run_config(["recipe=lora_bloom", "seed=3", 'name="a\x1b[2Jb"']), here / "run" / "config.yaml")
+    shown = said(["show", "run"], capsys)
+    assert shown == (here / "run" / "config.yaml").read_text()
+    assert "\x1b" not in shown
+    assert yaml.safe_load(shown)["name"] == "a\x1b[2Jb"
     assert "show: run is a run, which has been" in refused(["show", "run", "seed=4"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"seed: \xff\n", "cannot be read: "),
+        (b"", "must hold the keys of a configuration"),
+        (b"- seed\n", "must hold the keys of a configuration"),
+        (b"seed: 3\n", ": recipe must be given"),
+        (b"seed: \x1b[2J\n", "cannot be read: "),
+        (b"recipe: lora_bloom\nsede: 3\n", ": there is no key sede"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["show", "resume"])
+def test_a_broken_configuration_of_a_run_is_named(verb: str, content: bytes, sentence: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").write_bytes(content)
+    err = refused(["show", "run"] if verb == "show" else ["resume=run"], capsys)
+    assert f"run/config.yaml{sentence if sentence[0] == ':' else ' ' + sentence}" in err
+    assert "\x1b" not in err
 
 
 def test_validate_says_what_would_be_done_and_starts_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
