@@ -337,7 +337,14 @@ def test_export_says_in_its_marker_where_it_came_from(trained: Path, here: Path,
     marker = json.loads((here / "out" / export.MARKER).read_text())
     assert (marker["source"], marker["step"]) == (str(trained / "checkpoints/step=5/adapter"), 5)
     assert sorted(marker["files"]) == sorted(path.name for path in (here / "out").iterdir() if path.name != export.MARKER)
-    assert {(here / "out" / name).stat().st_mode & 0o777 for name in marker["files"]} == {0o666 & ~current_umask()}
+
+
+@pytest.mark.parametrize("words", [[], ["--merge"]])
+def test_others_may_read_what_the_umask_lets_them(words: list[str], trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = 0o666 & ~current_umask()
+    assert {path.stat().st_mode & 0o777 for path in (trained / "adapter").iterdir()} == {usual}
+    said(["export", str(trained), "out", *words], capsys)
+    assert {path.stat().st_mode & 0o777 for path in (here / "out").iterdir() if path.name != export.MARKER} == {usual}
 
 
 def test_force_never_replaces_what_people_or_runs_keep(trained: Path, bloom: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
