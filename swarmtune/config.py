@@ -131,13 +131,19 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{choices[0]}: a saved configuration takes single keys only, such as swarm.patience_s=60")
     try:
         config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config) or not config:
+            raise UsageError(f"{path} must hold the keys of a configuration, but holds none")
         parser = OverridesParser.create()
         for word in values:
             _apply(config, _parse(parser, word), word)
         node = OmegaConf.to_container(config, resolve=True)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
-    return to_schema(Config, node, paths)
+    try:
+        return to_schema(Config, node, paths)
+    except UsageError as error:
+        about_a_word = any(word.partition("=")[0].lstrip("+~") in str(error) for word in overrides)
+        raise UsageError(str(error) if about_a_word else f"{path}: {error}") from error
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:

@@ -85,8 +85,9 @@ class PeftAdapter(nn.Module):
             self._check(temporary)
             os.chmod(temporary, 0o755)
             _replace(temporary, target)
-        except OSError as error:
-            raise UsageError(f"the adapter cannot be written to {target}: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"the adapter cannot be written to {target}: {reason}") from error
         finally:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -135,6 +136,7 @@ class PeftAdapter(nn.Module):
         config = copy.deepcopy(self.config)
         config.inference_mode = True
         config.save_pretrained(str(directory))
+        os.chmod(directory / WEIGHTS_FILE, (directory / CONFIG_FILE).stat().st_mode & 0o777)  # safetensors lets nobody else read its files
 
     def _check(self, directory: Path) -> None:
         """Load what was written into a fresh PEFT model and compare every value."""

@@ -19,7 +19,7 @@ from swarmtune.cli import VERBS
 from swarmtune.commands.bundled import groups
 from swarmtune.config import PATH_GROUPS, VERBATIM, options
 from swarmtune.own_recipe import ENDINGS
-from swarmtune.schema import Config, Dtype
+from swarmtune.schema import Config, Dtype, Quantize
 from swarmtune.train.library_keys import OURS, annotation_names, peft_fields, trainer_flags
 
 UNFINISHED = ("=", ".", "/")
@@ -106,8 +106,8 @@ def _after(verb: str, before: list[str], current: str) -> Iterable[str]:
         return _settings([verb, *before], current)
     if verb == "serve":
         return _serve_settings(before, current)
-    if before[-1:] == ["--dtype"]:
-        return [dtype.value for dtype in Dtype if dtype is not Dtype.AUTO]
+    if before[-1:] and before[-1].startswith("--") and (choices := _flags(verb).get(before[-1])):
+        return choices
     if current.startswith("-"):
         return ["--help", *_flags(verb)]
     words = [word for word in before if not word.startswith("-")]
@@ -120,11 +120,11 @@ def _after(verb: str, before: list[str], current: str) -> Iterable[str]:
     return paths(current, None)
 
 
-def _flags(verb: str) -> list[str]:
-    """The options of a verb whose module tells them."""
+def _flags(verb: str) -> dict[str, list[str]]:
+    """The options of a verb whose module tells them, each with the words that may follow it where these can be listed."""
     module = importlib.import_module(VERBS[verb][0])
     actions = module.parser()._actions if hasattr(module, "parser") else []
-    return [name for action in actions for name in action.option_strings if name.startswith("--")]
+    return {name: list(action.choices or []) for action in actions for name in action.option_strings if name.startswith("--")}
 
 
 def paths(current: str, endings: tuple[str, ...] | None) -> list[str]:
@@ -223,10 +223,15 @@ def _values_of(hint: Any) -> list[str]:
 def _serve_settings(before: list[str], current: str) -> list[str]:
     """``key=`` and ``key=value`` of a server, whose schema lies in a package that is not imported here."""
     key, equals, value = current.partition("=")
-    if equals:
-        known = {"dtype": [dtype.value for dtype in Dtype], "device": ["auto", "cpu", "cuda"], "model": paths(value, ()) if key == "model" else []}
-        return [f"{key}={word}" for word in known.get(key, [])]
     text = importlib.resources.files("conf").joinpath("server.yaml").read_text(encoding="utf-8")
+    if equals:
+        if key in ("model", "identity"):
+            return [f"{key}={word}" for word in paths(value, () if key == "model" else None)]
+        hint = {"dtype": Dtype, "quantize": Quantize}.get(key)
+        listed = re.search(rf"^{re.escape(key)}: \w+ +# (\w+(?:, \w+)+)", text, re.MULTILINE)  # "tcp, quic, both" in the comment
+        flag = re.search(rf"^{re.escape(key)}: (?:true|false)\b", text, re.MULTILINE)
+        words = _values_of(hint) if hint else listed[1].split(", ") if listed else _values_of(bool) if flag else []
+        return [f"{key}={word}" for word in words]
     given = {word.partition("=")[0] for word in before}
     names = [name for name in re.findall(r"^(\w+):", text, re.MULTILINE) if name not in (*given, "parent_fd", "defaults")]
     return ["--help", *(f"{name}=" for name in names)]

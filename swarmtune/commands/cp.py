@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -44,8 +45,7 @@ def main(words: list[str]) -> int:
     called = re.compile(rf"\brecipe={re.escape(given.recipe)}(?![\w-]|\.\w)")
     texts = [called.sub(lambda _: f"recipe={targets[0].name}", text) for text in texts]
     texts[0] = re.sub(r"^recipe:.*$", lambda _: f"recipe: {_scalar(targets[1].name)}", texts[0], flags=re.MULTILINE)
-    for path, text in zip(reversed(targets), reversed(texts), strict=True):
-        _write(path, text)
+    _write(targets, texts)
     shown = os.path.relpath(targets[0])
     print(f"wrote {shown} and {os.path.relpath(targets[1])}; run them with: swarmtune recipe={shown}")
     return 0
@@ -75,16 +75,25 @@ def _make(directory: Path) -> None:
         raise UsageError(f"cp: {directory} cannot be made: {error.strerror}") from error
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = None
+def _write(paths: list[Path], texts: list[str]) -> None:
+    """Write all files, whole, or none: they get their names once all of them are on the disk."""
+    temporaries: list[str] = []
+    path = paths[0]
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, text in zip(paths, texts, strict=True):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+            temporaries.append(name)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+        for path, name in zip(paths, temporaries, strict=True):
+            os.replace(name, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UsageError(f"cp: {path} cannot be written: {error.strerror}") from error
+    finally:
+        for name in temporaries:
+            Path(name).unlink(missing_ok=True)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from swarmtune.commands.arguments import Parser
 from swarmtune.errors import UsageError
+from swarmtune.files import write_json
+from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, CONFIG, FACTS, LOCK, SUMMARY
+from swarmtune.train.saved_state import MANIFEST, STATE, find_damage, newest_checkpoint, step_folders, step_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 ADAPTER_FILE = "adapter_config.json"
+MARKER = "swarmtune_export.json"
+"""The file by which an export is known again; it says where it came from, and lists what was written."""
 DTYPES = ("float32", "bfloat16", "float16")
 PROBE_TOKENS = 16
 """Tokens of the text on which models are compared before and after they are written."""
@@ -34,8 +40,22 @@ def parser() -> Parser:
     made.add_argument("--merge", action="store_true", help="load the whole model, merge the adapter into it, and write model and tokenizer")
     made.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as stored)")
     made.add_argument("--model", metavar="PATH|ID", help="the model, where it is not (or no longer) where the run had it")
-    made.add_argument("--force", action="store_true", help="replace an adapter or a model that is in DEST")
+    made.add_argument("--force", action="store_true", help="replace an earlier export that is in DEST")
     return made
+
+
+class Found(NamedTuple):
+    """An adapter to export.
+
+    Attributes:
+        folder: the PEFT directory.
+        what: a phrase that says what it is.
+        step: optimizer steps that it has learned for; ``None`` where nothing says.
+    """
+
+    folder: Path
+    what: str
+    step: int | None = None
 
 
 def main(words: list[str]) -> int:
@@ -45,67 +65,159 @@ def main(words: list[str]) -> int:
         UsageError: nothing to export, no place for it, or it would not load as it is.
     """
     given = parser().read(words)
-    adapter_dir, found = find_adapter(Path(given.source).expanduser().absolute())
+    found = find_adapter(Path(given.source).expanduser().absolute())
     destination = Path(given.destination).expanduser().absolute()
-    _check_destination(destination, given.force, "config.json" if given.merge else ADAPTER_FILE)
-    model = _model_of(adapter_dir, given.model)
-    if given.merge:
-        _export_merged(adapter_dir, found, model, destination, given.dtype)
-    else:
-        _export_adapter(adapter_dir, found, model, destination, given.dtype)
+    _check_destination(destination, given.force)
+    model = _model_of(found.folder, given.model)
+    export = _export_merged if given.merge else _export_adapter
+    export(found, model, destination, given.dtype)
     return 0
 
 
-def find_adapter(source: Path) -> tuple[Path, str]:
-    """The PEFT directory that ``source`` holds, and what it is.
+def find_adapter(source: Path) -> Found:
+    """The PEFT directory that ``source`` holds.
 
-    A run's own ``adapter/`` is its last word only if ``summary.json`` says that the run reached its end, and no later checkpoint is there.
+    A run's own ``adapter/`` is its last word only if ``summary.json`` says that the run reached its end, and no later checkpoint is there. Of a
+    run's checkpoints the newest whole one counts.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it belongs to a checkpoint that is damaged.
     """
-    if source.name == "state.ckpt":
+    if source.name == STATE:
         source = source.parent
     if not source.is_dir():
         raise UsageError(f"export: there is no directory {source}")
     if (source / ADAPTER_FILE).is_file():
-        return source, "the adapter"
-    own = source / "adapter"
-    if (source / "state.ckpt").is_file() and (own / ADAPTER_FILE).is_file():
-        return own, f"the adapter of checkpoint {source.name}"
-    steps = {_step(path.parent.parent): path.parent for path in source.glob(f"checkpoints/step=*/adapter/{ADAPTER_FILE}")}
+        step = _check_whole(source.parent) if _is_checkpoint(source.parent) else None
+        return Found(source, "the adapter", step)
+    if _is_checkpoint(source) or step_of(source) is not None:
+        step = _check_whole(source)
+        return Found(source / ADAPTER, f"the adapter of checkpoint {source.name}", step)
+    return _adapter_of_run(source)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / STATE).is_file() or (folder / MANIFEST).is_file()
+
+
+def _check_whole(checkpoint: Path) -> int | None:
+    """The step of a checkpoint, all of whose files are what was written."""
+    if (damage := find_damage(checkpoint)) is not None:
+        raise UsageError(f"export: the checkpoint {checkpoint} is damaged ({damage}): choose another one, or give the run")
+    return step_of(checkpoint)
+
+
+def _adapter_of_run(run: Path) -> Found:
+    own = run / ADAPTER
+    has_own = (own / ADAPTER_FILE).is_file()
+    steps = [step_of(folder) or 0 for folder in step_folders(run / CHECKPOINTS)]
     newest = max(steps, default=-1)
-    if (own / ADAPTER_FILE).is_file() and newest <= _final_step(source, newest):
-        return own, "the final adapter"
-    if newest >= 0:
-        return steps[newest], f"the adapter of the newest checkpoint, step {newest} (the run has not reached its end)"
-    raise UsageError(f"export: {source} holds no adapter: expected the directory of a run, of a checkpoint or of a PEFT adapter")
+    final = _final_step(run)
+    if has_own and (final if final is not None else -1) >= newest:
+        return Found(own, "the final adapter", final)
+    saved = newest_checkpoint(run / CHECKPOINTS)
+    if saved is not None and (final is None or saved.step > final or not has_own):
+        which = "newest checkpoint" if saved.step == newest else "newest checkpoint that is whole"
+        ending = "" if saved.step == final else " (the run has not reached its end)"
+        return Found(saved.folder / ADAPTER, f"the adapter of the {which}, step {saved.step}{ending}", saved.step)
+    if has_own and final is not None:
+        return Found(own, "the final adapter", final)
+    if steps:
+        raise UsageError(f"export: every checkpoint of {run} is damaged, and nothing says that the run reached its end")
+    raise UsageError(f"export: {run} holds no adapter: expected the directory of a run, of a checkpoint or of a PEFT adapter")
 
 
-def _step(folder: Path) -> int:
-    text = folder.name.removeprefix("step=")
-    return int(text) if text.isdecimal() else -1
-
-
-def _final_step(run: Path, newest: int) -> int:
-    """The step at which a run ended, as its summary says; one before the newest checkpoint where it did not end."""
+def _final_step(run: Path) -> int | None:
+    """The step at which a run ended, as its summary says; ``None`` where it did not end."""
     try:
-        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+        return int(json.loads((run / SUMMARY).read_text(encoding="utf-8"))["steps"])
     except FileNotFoundError:
-        return newest - 1 if newest >= 0 else newest
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"export: {run / 'summary.json'} cannot be read: give the directory of a checkpoint or an adapter instead") from error
+        raise UsageError(f"export: {run / SUMMARY} cannot be read: give the directory of a checkpoint or an adapter instead") from error
 
 
-def _check_destination(destination: Path, force: bool, marker: str) -> None:
-    """Refuse a place that is taken, before anything is loaded; ``--force`` replaces only what looks like an earlier export."""
+def _check_destination(destination: Path, force: bool) -> None:
+    """Refuse a place that is taken, before anything is loaded; ``--force`` replaces an earlier export only, and nothing that lies in a run."""
     if not (destination.exists() or destination.is_symlink()):
         return
     if not force:
         raise UsageError(f"export: {destination} exists already: choose another directory, or add --force")
-    replaceable = destination.is_dir() and not destination.is_symlink() and ((destination / marker).is_file() or not any(destination.iterdir()))
-    if not replaceable:
-        raise UsageError(f"export: {destination} is not an earlier export (it has no {marker}), so it is not replaced: choose another directory")
+    if (what := _why_kept(destination)) is not None:
+        raise UsageError(f"export: {destination} {what}, so it is not replaced: choose another directory")
+
+
+def _why_kept(destination: Path) -> str | None:
+    """Why a directory is not replaced; ``None`` if it is an earlier export, with nothing added."""
+    if destination.is_symlink() or not destination.is_dir():
+        return "is not an earlier export"
+    place = destination.resolve()
+    if run := next((folder for folder in (place, *place.parents) if _is_run(folder)), None):
+        return f"lies in the run {run}"
+    there = {path.relative_to(destination).as_posix() for path in destination.rglob("*")}
+    if not there:
+        return None
+    try:
+        ours = {MARKER, *json.loads((destination / MARKER).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"is not an earlier export (it has no {MARKER} that can be read)"
+    if others := sorted(there - ours):
+        return f"holds {others[0]}, which export did not write"
+    return None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and any((folder / name).exists() for name in (FACTS, SUMMARY, LOCK))
+
+
+@contextmanager
+def _placed(found: Found, model: str, destination: Path) -> Iterator[Path]:
+    """A directory to write into, which gets the name ``destination`` once all is written; after an error nothing stays.
+
+    Raises:
+        UsageError: it cannot be written, or ``destination`` is the model's own directory.
+    """
+    local = Path(model).resolve()
+    if local.is_dir() and destination.resolve() in (local, *local.parents):
+        raise UsageError(f"export: {destination} holds the model itself, so it is not replaced: choose another directory")
+    temporary = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        target = temporary / destination.name
+        yield target
+        _mark(target, found)
+        _replace(target, destination)
+    except OSError as error:
+        raise UsageError(f"export: {destination} cannot be written: {error.strerror or ' '.join(str(error).split())[:300]}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mark(target: Path, found: Found) -> None:
+    """Write the marker, and give every file the permissions that a new one has here."""
+    paths = sorted(target.rglob("*"))
+    usual = next(path for path in paths if path.name in (ADAPTER_FILE, "config.json")).stat().st_mode & 0o777
+    for path in paths:
+        if path.is_file():
+            path.chmod(usual)
+    versions = {name: importlib.metadata.version(name) for name in ("swarmtune", "torch", "transformers", "peft")}
+    names = [path.relative_to(target).as_posix() for path in paths]
+    write_json(target / MARKER, {"source": str(found.folder), "step": found.step, "versions": versions, "files": names})
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Move a directory; a former one disappears only once the new one is in its place."""
+    if not target.exists():
+        source.rename(target)
+        return
+    if (what := _why_kept(target)) is not None:  # again: writing may have taken long
+        raise UsageError(f"export: {target} {what}, so it is not replaced: choose another directory")
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old / "former")
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _model_of(adapter_dir: Path, given: str | None) -> str:
@@ -132,42 +244,36 @@ def _model_of(adapter_dir: Path, given: str | None) -> str:
         raise UsageError(f"export: the adapter is for the model {name}, which is not here: give it with --model") from error
 
 
-def _export_adapter(adapter_dir: Path, found: str, model: str, destination: Path, dtype: str | None) -> None:
+def _export_adapter(found: Found, model: str, destination: Path, dtype: str | None) -> None:
     import torch
 
     from swarmtune.adapters.adapter import load_adapter
     from swarmtune.skeleton import load_config
 
-    adapter = load_adapter(load_config(model), adapter_dir, model)
+    adapter = load_adapter(load_config(model), found.folder, model)
     if dtype is not None:
         adapter.to(getattr(torch, dtype))
-    adapter.save_pretrained(destination)
+    with _placed(found, model, destination) as target:
+        try:
+            adapter.save_pretrained(target)
+        except UsageError as error:
+            raise UsageError(f"export: {str(error).replace(str(target), str(destination))}") from error
     count = sum(parameter.numel() for parameter in adapter.parameters())
-    print(f"wrote {found} ({adapter_dir}) to {destination}: {count:,} parameters, loaded again by PEFT and equal")
+    print(f"wrote {found.what} ({found.folder}) to {destination}: {count:,} parameters, loaded again by PEFT and equal")
 
 
-def _export_merged(adapter_dir: Path, found: str, model: str, destination: Path, dtype: str | None) -> None:
+def _export_merged(found: Found, model: str, destination: Path, dtype: str | None) -> None:
     from swarmtune.adapters.adapter import load_adapter
     from swarmtune.skeleton import build_skeleton, load_config, stored_dtype
 
     config = load_config(model)
-    load_adapter(config, adapter_dir, model)  # refuses an adapter that does not fit before the whole model is loaded
+    load_adapter(config, found.folder, model)  # refuses an adapter that does not fit before the whole model is loaded
     parameters = sum(parameter.numel() for parameter in build_skeleton(config).parameters())
     size = {"float32": 4}.get(dtype, 2) if dtype else stored_dtype(config).itemsize
     print(f"merging loads the whole model: {parameters:,} parameters, about {_human(parameters * size)} of memory", flush=True)
-    temporary = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-        change, rounding, tokenizer = _merge(adapter_dir, model, temporary, dtype or "auto")
-        os.chmod(temporary, 0o755)
-        _replace(temporary, destination)
-    except OSError as error:
-        raise UsageError(f"export: {destination} cannot be written: {error.strerror or ' '.join(str(error).split())[:300]}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    print(f"wrote {Path(model).name} with {found} ({adapter_dir}) merged in to {destination}, {tokenizer}")
+    with _placed(found, model, destination) as target:
+        change, rounding, tokenizer = _merge(found.folder, model, target, dtype or "auto")
+    print(f"wrote {Path(model).name} with {found.what} ({found.folder}) merged in to {destination}, {tokenizer}")
     advice = "" if rounding <= change / 10 else "; --dtype float32 would keep more of it" if dtype != "float32" else ""
     print(f"loaded again and equal; the adapter changes logits by up to {change:.1e} of the largest, merging rounds by up to {rounding:.1e}{advice}")
 
@@ -212,11 +318,15 @@ def _merge(adapter_dir: Path, model: str, target: Path, dtype: str) -> tuple[flo
     if not again.equal(together):
         raise UsageError("export: the merged model would not load as it is: nothing was written")
     try:
-        AutoTokenizer.from_pretrained(model, local_files_only=True).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         if Path(model).is_dir() and not list(Path(model).glob("*token*")):
             return change, rounding, "without a tokenizer, because the model has none"
         raise UsageError(f"export: the tokenizer of {model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    try:
+        tokenizer.save_pretrained(target)
+    except Exception as error:  # the tokenizers library raises nothing more special on a full disk
+        raise OSError(str(error)) from error
     return change, rounding, "with its tokenizer"
 
 
@@ -235,17 +345,6 @@ def _probe(model: Any) -> Tensor:
     ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model(input_ids=ids).logits.float()
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Move a directory; a former one disappears only once the new one is in its place."""
-    if not target.exists():
-        source.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(old / "former")
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _human(size_bytes: float) -> str:

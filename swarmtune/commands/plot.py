@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     Raises:
         UsageError: a word, a run directory or a file in it is wrong, or the output cannot be written.
     """
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     from swarmtune.plotting.comparison import compare
     from swarmtune.plotting.curves import Axis
     from swarmtune.plotting.figure import draw_runs
@@ -62,13 +62,14 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="swarmtune plot", description="Draw loss, perplexity, tokens/s, traffic and where the time went.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or a directory of runs; several are drawn in the same panels")
+def parser() -> argparse.ArgumentParser:
+    """What the verb takes."""
+    made = _Parser(prog="swarmtune plot", description="Draw loss, perplexity, tokens/s, traffic and where the time went.", allow_abbrev=False)
+    made.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or a directory of runs; several are drawn in the same panels")
     place = f"a directory for {PICTURE} and {PAGE}, or one file, .png or .html (default: the run directory; for several runs, here)"
-    parser.add_argument("--out", metavar="DIR|FILE", help=place)
-    parser.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="what runs along x (default: step)")
-    return parser
+    made.add_argument("--out", metavar="DIR|FILE", help=place)
+    made.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="what runs along x (default: step)")
+    return made
 
 
 def _read(words: list[str]) -> list[Run]:

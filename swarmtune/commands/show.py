@@ -29,7 +29,9 @@ def main(words: list[str]) -> int:
     if is_run(name):
         if given.words or given.source:
             raise UsageError(f"show: {name} is a run, which has been: show it without {'--source' if given.source else given.words[0]}")
-        print((Path(name).expanduser() / "config.yaml").read_text(encoding="utf-8"), end="")
+        from swarmtune.config import load_saved, to_yaml
+
+        print(to_yaml(load_saved(Path(name).expanduser() / "config.yaml")), end="")
         return 0
     if given.source:
         _print_source(name, [text, *given.words])

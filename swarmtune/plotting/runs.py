@@ -23,7 +23,11 @@ SERVER_TOTALS = ("network_s", "queue_s", "compute_s", "bytes_up", "bytes_down", 
 """The columns ``server/<label>/<total>``, each a total since the start of the run."""
 TRAIN_COLUMNS = ("train_loss", "tokens_per_s", "tokens", "time/train_s", "bytes_up", "bytes_down")
 """What is kept of every training step; it may stand in several rows of that step."""
+ALONG_X = ("tokens", "time/train_s")
+"""Those of them that a curve may run along, so that they have no gaps: the last value holds."""
 GAP = math.nan
+LARGEST = 1e30
+"""What lies beyond is no measurement, and more than can be drawn: it is a gap, as what is not finite is."""
 
 
 def _column() -> array[float]:
@@ -238,13 +242,16 @@ class _MetricsReader:
         self.tokens_counted = "tokens" in self._places
 
     def _take(self, row: list[str], line: int) -> None:
-        found = {name: value for name in TRAIN_COLUMNS if (value := self._cell(row, name, line)) is not None}
+        cells = {name: self._cell(row, name, line) for name in TRAIN_COLUMNS}
+        found = {name: value for name, value in cells.items() if value is not None and not (name in ALONG_X and math.isnan(value))}
         val_loss = self._cell(row, "val_loss", line)
         if not found and val_loss is None:
             return
         step = self._cell(row, "step", line)
         if step is None:
             raise UsageError(f"{self.path}, line {line}: the column step is empty")
+        if math.isnan(step):
+            raise UsageError(f"{self.path}, line {line}, column step: expected the number of a step, got {row[self._places['step']][:80]!r}")
         if found:
             if step + 1 != self._pending_step or found.keys() & self._pending.keys():
                 self._end_step()
@@ -294,7 +301,10 @@ class _MetricsReader:
 
     def _cell(self, row: list[str], name: str, line: int) -> float | None:
         place = self._places.get(name)
-        return None if place is None or not row[place] else self._number(row[place], name, line)
+        if place is None or not row[place]:
+            return None
+        value = self._number(row[place], name, line)
+        return value if abs(value) <= LARGEST else GAP
 
     def _number(self, text: str, name: str, line: int) -> float:
         try:
@@ -303,11 +313,11 @@ class _MetricsReader:
             raise UsageError(f"{self.path}, line {line}, column {name}: expected a number, got {text[:80]!r}") from error
 
     def total(self, name: str) -> float | None:
-        """The last value of a column of totals, ``None`` where it has none or is not finite."""
+        """The last value of a column of totals, ``None`` where it has none or is not finite or too large to be one."""
         if name not in self._totals:
             return None
         value = self._number(self._totals[name][0], name, self._totals[name][1])
-        return value if math.isfinite(value) else None
+        return value if abs(value) <= LARGEST else None
 
 
 def _append(columns: Sequence[array[float]], values: Sequence[float]) -> None:

@@ -8,14 +8,11 @@ between two optimizer steps, so that a run broken off in the middle of a step re
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,66 +25,14 @@ from safetensors import SafetensorError
 from swarmtune.errors import NonFinite, UsageError
 from swarmtune.files import write_json
 from swarmtune.train.run_dir import ADAPTER
+from swarmtune.train.saved_state import MANIFEST, STATE, file_digest, step_folders
 
 logger = logging.getLogger(__name__)
 
-STATE, MANIFEST = "state.ckpt", "manifest.json"
 KEY = "swarmtune"
 """Where our part stands in the Trainer's state."""
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, UsageError)
 """What torch, safetensors and an adapter that saves itself raise when a disk is full, besides what the system says."""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """A whole checkpoint on disk.
-
-    Attributes:
-        step: optimizer steps done.
-    """
-
-    folder: Path
-    step: int
-
-    @property
-    def file(self) -> Path:
-        """For ``Trainer.fit(ckpt_path=...)``."""
-        return self.folder / STATE
-
-
-def step_folders(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, whole or not, by step."""
-    found = [folder for folder in directory.glob("step=*") if folder.name.removeprefix("step=").isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step=")))
-
-
-def newest_checkpoint(directory: Path) -> SavedState | None:
-    """The newest whole checkpoint; damaged ones are passed over, with a warning each. ``None`` where there is none."""
-    for folder in reversed(step_folders(directory)):
-        damage = find_damage(folder)
-        if damage is None:
-            return SavedState(folder, int(folder.name.removeprefix("step=")))
-        logger.warning("the checkpoint %s is damaged (%s): going back to the one before", folder, damage)
-    return None
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or ``None``: every file must have the digest that its manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, digest in files.items():
-            if _file_digest(folder / name) != digest:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST} cannot be read: {error}"
-    return None
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -186,7 +131,7 @@ class AdapterCheckpoint(Checkpoint):
             trainer.save_checkpoint(partial / STATE)
             pl_module.model.adapter.save_pretrained(partial / ADAPTER)
             files = sorted(path for path in partial.rglob("*") if path.is_file())
-            write_json(partial / MANIFEST, {"step": step, "files": {str(path.relative_to(partial)): _file_digest(path) for path in files}})
+            write_json(partial / MANIFEST, {"step": step, "files": {str(path.relative_to(partial)): file_digest(path) for path in files}})
             for path in files:
                 _sync(path)
             _replace(partial, folder)

@@ -26,11 +26,12 @@ from swarmtune.model_files import count_parameters
 from swarmtune.notices import say
 from swarmtune.schema import Config, ProgressKind
 from swarmtune.train.callbacks import Meter, ProgressDisplay
-from swarmtune.train.checkpoint import AdapterCheckpoint, SavedState, newest_checkpoint, step_folders
+from swarmtune.train.checkpoint import AdapterCheckpoint
 from swarmtune.train.interrupt import StopBetweenSteps
 from swarmtune.train.loggers import METRICS, finish, make_loggers, publish, wandb_run
 from swarmtune.train.metrics_file import read_curve
 from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, FACTS, SUMMARY, read_facts, writing
+from swarmtune.train.saved_state import SavedState, newest_checkpoint, step_folders
 
 Build = Callable[[Config, swarmtune.Swarm], tuple[LightningModule, LightningDataModule]]
 """What a recipe gives: its module and its data."""

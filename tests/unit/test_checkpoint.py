@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, the newest whole one is taken, and a full disk costs one checkpoint only."""
 
+import json
 import logging
 import os
 import random
@@ -11,7 +12,8 @@ import torch
 
 from swarmtune.errors import UsageError
 from swarmtune.train.callbacks import Meter
-from swarmtune.train.checkpoint import AdapterCheckpoint, check_facts, find_damage, newest_checkpoint, restore_rng, rng_state
+from swarmtune.train.checkpoint import AdapterCheckpoint, check_facts, restore_rng, rng_state
+from swarmtune.train.saved_state import ESSENTIAL, file_digest, find_damage, newest_checkpoint
 from tests.unit.stand_in import Traffic, module_and_data, quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +47,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     assert found is not None
     assert found.step == 2
     assert "step=4 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("left_out", ESSENTIAL)
+def test_a_manifest_that_leaves_out_what_every_checkpoint_has_is_damage(left_out: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for name in ESSENTIAL:
+        (tmp_path / name).write_text(name)
+    files = {name: file_digest(tmp_path / name) for name in ESSENTIAL}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    assert find_damage(tmp_path) is None
+    del files[left_out]
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    assert find_damage(tmp_path) == f"its manifest.json does not list {left_out}"
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

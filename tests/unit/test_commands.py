@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from swarmtune.commands import export
 from swarmtune.commands.arguments import Parser
 from swarmtune.commands.bundled import describe, groups, recipe_files
 from swarmtune.config import load_config as load_run_config
-from swarmtune.config import options, to_plain
+from swarmtune.config import options, save_yaml, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.skeleton import load_config
+from swarmtune.train.saved_state import file_digest
 from tests.harness import lora
 
 
@@ -127,6 +129,16 @@ def test_cp_goes_into_a_directory_and_makes_it_only_if_told(here: Path, capsys: 
     assert load_run_config(["recipe=a/b/it's mine.yaml"]).recipe == str(here / "a" / "b" / "it's mine.py")
 
 
+def test_cp_writes_both_files_or_none(here: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes((disk.f_bavail - 1) * disk.f_bsize))
+    assert "cannot be written: No space left" in refused(["cp", "lora_bloom", str(small_disk / "mine")], capsys)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    (here / "taken.py").mkdir()
+    assert "taken.py cannot be written: Is a directory" in refused(["cp", "lora_bloom", "taken", "--force"], capsys)
+    assert not (here / "taken.yaml").exists()
+
+
 def test_a_copy_speaks_of_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said(["cp", "lora_bloom", "mine"], capsys)
     for path in here.iterdir():
@@ -150,9 +162,32 @@ def test_show_source_prints_both_files(here: Path, capsys: pytest.CaptureFixture
 
 def test_show_prints_what_a_run_had(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "run").mkdir()
-    (here / "run" / "config.yaml").write_text("seed: 3\n")
-    assert said(["show", "run"], capsys) == "seed: 3\n"
+    save_yaml(load_run_config(["recipe=lora_bloom", "seed=3", 'name="a\x1b[2Jb"']), here / "run" / "config.yaml")
+    shown = said(["show", "run"], capsys)
+    assert shown == (here / "run" / "config.yaml").read_text()
+    assert "\x1b" not in shown
+    assert yaml.safe_load(shown)["name"] == "a\x1b[2Jb"
     assert "show: run is a run, which has been" in refused(["show", "run", "seed=4"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"seed: \xff\n", "cannot be read: "),
+        (b"", "must hold the keys of a configuration"),
+        (b"- seed\n", "must hold the keys of a configuration"),
+        (b"seed: 3\n", ": recipe must be given"),
+        (b"seed: \x1b[2J\n", "cannot be read: "),
+        (b"recipe: lora_bloom\nsede: 3\n", ": there is no key sede"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["show", "resume"])
+def test_a_broken_configuration_of_a_run_is_named(verb: str, content: bytes, sentence: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").write_bytes(content)
+    err = refused(["show", "run"] if verb == "show" else ["resume=run"], capsys)
+    assert f"run/config.yaml{sentence if sentence[0] == ':' else ' ' + sentence}" in err
+    assert "\x1b" not in err
 
 
 def test_validate_says_what_would_be_done_and_starts_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +219,18 @@ def test_settings_that_would_be_ignored_are_refused() -> None:
 # --- export ------------------------------------------------------------------------------------------------------------------
 
 
+def write_manifest(checkpoint: Path) -> None:
+    files = {str(path.relative_to(checkpoint)): file_digest(path) for path in checkpoint.rglob("*") if path.is_file()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+def flip(path: Path) -> None:
+    """Damage the last byte of a file, which leaves its format as it was."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture(scope="module")
 def trained(bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory as training leaves it: a final adapter, and checkpoints with other values."""
@@ -197,6 +244,7 @@ def trained(bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter.save_pretrained(run / place / "adapter")
         if place != ".":
             (run / place / "state.ckpt").touch()
+            write_manifest(run / place)
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(bloom)}}))
     (run / "summary.json").write_text(json.dumps({"steps": 10}))
     return run
@@ -240,6 +288,21 @@ def test_a_run_that_has_not_reached_its_end_gives_its_newest_checkpoint(trained:
     assert "holds no adapter" in refused(["export", "run", "c"], capsys)
 
 
+def test_a_damaged_checkpoint_is_never_exported(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(trained, here / "run")
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step=90" / "adapter").mkdir(parents=True)
+    flip(run / "checkpoints" / "step=10" / "adapter" / "adapter_model.safetensors")
+    assert "the adapter of the newest checkpoint that is whole, step 5" in said(["export", "run", "a"], capsys)
+    assert same(weights(here / "a"), weights(trained / "checkpoints" / "step=5" / "adapter"))
+    for named in ("step=10", "step=10/state.ckpt", "step=10/adapter", "step=90"):
+        assert "is damaged" in refused(["export", f"run/checkpoints/{named}", "b"], capsys)
+    flip(run / "checkpoints" / "step=5" / "adapter" / "adapter_model.safetensors")
+    assert main(["export", "run", "b"]) == 2
+    assert "every checkpoint of" in capsys.readouterr().err
+    assert not (here / "b").exists()
+
+
 def test_a_run_that_went_on_after_its_summary_gives_its_newest_checkpoint(trained: Path, here: Path) -> None:
     run = shutil.copytree(trained, here / "run")
     (run / "summary.json").write_text(json.dumps({"steps": 5}))
@@ -247,6 +310,11 @@ def test_a_run_that_went_on_after_its_summary_gives_its_newest_checkpoint(traine
     (run / "summary.json").write_text("{")
     with pytest.raises(UsageError, match=r"summary\.json cannot be read"):
         export.find_adapter(run)
+
+
+def current_umask() -> int:
+    (here := os.umask(0), os.umask(here))
+    return here
 
 
 def test_export_replaces_an_earlier_export_only_and_only_if_forced(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,8 +326,60 @@ def test_export_replaces_an_earlier_export_only_and_only_if_forced(trained: Path
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").touch()
     assert "is not an earlier export" in refused(["export", str(trained), "mine", "--force"], capsys)
-    assert "is not an earlier export" in refused(["export", str(trained), "out", "--force", "--merge"], capsys)
+    said(["export", str(trained), "out", "--force", "--merge"], capsys)
+    assert (here / "out" / "config.json").is_file()
+    assert not (here / "out" / "adapter_config.json").exists()
     assert sorted(path.name for path in here.iterdir()) == ["mine", "out"]
+
+
+def test_export_says_in_its_marker_where_it_came_from(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(["export", str(trained / "checkpoints/step=5"), "out"], capsys)
+    marker = json.loads((here / "out" / export.MARKER).read_text())
+    assert (marker["source"], marker["step"]) == (str(trained / "checkpoints/step=5/adapter"), 5)
+    assert sorted(marker["files"]) == sorted(path.name for path in (here / "out").iterdir() if path.name != export.MARKER)
+
+
+@pytest.mark.parametrize("words", [[], ["--merge"]])
+def test_others_may_read_what_the_umask_lets_them(words: list[str], trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = 0o666 & ~current_umask()
+    assert {path.stat().st_mode & 0o777 for path in (trained / "adapter").iterdir()} == {usual}
+    said(["export", str(trained), "out", *words], capsys)
+    assert {path.stat().st_mode & 0o777 for path in (here / "out").iterdir() if path.name != export.MARKER} == {usual}
+
+
+def test_force_never_replaces_what_people_or_runs_keep(trained: Path, bloom: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, run = shutil.copytree(bloom, here / "model"), shutil.copytree(trained, here / "run")
+    said(["export", "run", "out", "--merge"], capsys)
+    (here / "out" / "notes").mkdir()
+    (here / "out" / "notes" / "README.md").touch()
+    said(["export", "run", "merged", "--merge"], capsys)
+    said(["export", "run", "run/exported"], capsys)
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    for words, sentence in (
+        (["model", "--merge", "--model", str(model)], "is not an earlier export"),
+        (["out", "--merge"], "holds notes, which export did not write"),
+        (["merged", "--merge", "--model", "merged"], "holds the model itself"),
+        (["run/adapter"], f"lies in the run {run}"),
+        (["run/exported"], f"lies in the run {run}"),
+        (["run"], f"lies in the run {run}"),
+    ):
+        assert main(["export", "run", *words, "--force"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+@pytest.mark.parametrize("words", [[], ["--merge"]])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    words: list[str], trained: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize - 8192))
+    assert main(["export", str(trained), str(small_disk / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{small_disk / 'out'}" in err
+    assert "cannot be written" in err
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_damaged_adapter_leaves_nothing(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

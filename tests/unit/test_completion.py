@@ -106,6 +106,14 @@ def test_words_of_the_other_verbs(here: Path) -> None:
     assert {"blocks=", "listen=", "--help"} <= set(after("serve "))
     assert "parent_fd=" not in after("serve ")
     assert after("serve dtype=f") == ["dtype=float16", "dtype=float32"]
+    assert after("serve quantize=") == ["quantize=int8", "quantize=nf4", "quantize=none"]
+    assert after("serve transport=") == ["transport=both", "transport=quic", "transport=tcp"]
+    assert after("serve device=") == ["device=auto", "device=cpu", "device=cuda"]
+    assert after("serve relay=") == ["relay=false", "relay=true"]
+    assert after("serve log_every_s=") == []
+    assert after("plot --") == ["--help", "--out", "--x"]
+    assert after("plot run --x ") == ["step", "time", "tokens"]
+    assert after("plot --out m") == ["mine.yaml", "model/", "my runs/"]
 
 
 @pytest.mark.parametrize(("kind", "config"), [("LORA", peft.LoraConfig), ("IA3", peft.IA3Config)])

@@ -249,6 +249,21 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     assert page.records("runs")[0]["best"] == "2.0000"
 
 
+def test_values_that_are_too_large_to_draw_are_gaps(tmp_path: Path) -> None:
+    rows = (
+        "step,train_loss,val_loss,val_ppl,tokens_per_s,time/train_s,tokens,bytes_up,bytes_down\n"
+        "0,4.0,,,1e300,1,5,1e300,2\n1,1e300,,,3,2,10,3,4\n2,-1e300,,,3,1e300,1e300,1e308,1e308\n2,,1e300,1e308,,,,,\n"
+        "3,3.0,,,3,5,30,3,4\n3,,2.0,inf,,,,,\n4,2.0,2.1,7.4,3,6,31,3,4\n"
+    )
+    run = must_read(write_rows(tmp_path / "run", rows))
+    for axis in Axis:
+        draw_runs(compare([run], axis))
+        page = page_of(run, axis=axis)
+        assert page.data["charts"][0]["series"][0]["y"] == [4.0, None, None, 3.0, 2.0]
+    assert list(run.train.tokens) == [5, 10, 10, 30, 31]
+    assert list(run.train.seconds) == [1, 2, 2, 5, 6]
+
+
 def test_a_resumed_run_replaces_what_it_does_again(tmp_path: Path) -> None:
     first = ("0,,9,,", "0,4,,1,10", "1,3,,2,10", "1,,8,,", "2,99,,3,10", "3,98,,4,10", "3,,97,,")
     resumed = ("0,,96,,", "2,2,,3,10", "3,1,,4,10", "3,,7,,")
@@ -351,6 +366,7 @@ def test_x_can_be_steps_tokens_or_time(tmp_path: Path) -> None:
         ("step,train_loss,server/a/network_s\n0,4.0,1\n1,3,x\n", "line 3, column server/a/network_s: expected a number, got 'x'"),
         ("step,train_loss\n0,4.0\n1,3.0,5\n", "line 3: the header has 2 columns, this row has 3"),
         ("step,train_loss\n,4.0\n", "line 2: the column step is empty"),
+        ("step,train_loss\n1e300,4.0\n", "line 2, column step: expected the number of a step, got '1e300'"),
         ("step,step,train_loss\n0,0,4.0\n", "a column occurs twice"),
         ("step,train_loss\n0,\x00\n", "column train_loss: expected a number|cannot be read as CSV"),
     ],
