@@ -128,7 +128,7 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     choices, values, paths = _sort_overrides(list(overrides), _groups_of("config"))
     if choices:
-        raise UsageError(f"{choices[0]}: a saved configuration takes single keys only, such as swarm.patience_s=60")
+        raise UsageError(f"{choices[0]}: a saved configuration takes single keys only, such as logger.wandb=true or swarm.patience_s=60")
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config) or not config:
