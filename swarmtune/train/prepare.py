@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from swarmtune.errors import UsageError
+from swarmtune.model_files import why_unreadable
 from swarmtune.train.documents import Document, held_out
 from swarmtune.train.preparing import Preparing
 from swarmtune.train.sources import Source
@@ -30,12 +31,13 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UsageError: the model has none, or it cannot be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"model {path}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UsageError(f"model {path}: its tokenizer cannot be read: {why_unreadable(error)}") from error
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
