@@ -20,6 +20,7 @@ from servers.addresses import check_port
 from servers.swarm_plan import Member, Plan, read_plan
 from swarmtune.discovery.identity_file import ensure_identity
 from swarmtune.errors import ServerStartFailed, SwarmtuneError, UsageError, WireError
+from swarmtune.notices import printable
 
 READY_LINE = "serving blocks "
 READY_S = 600.0
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_commands(plan) if options.show else up(plan, options.wait)
         return status(plan) if options.what == "status" else down(plan)
     except SwarmtuneError as error:
-        sys.stderr.write(f"scripts/swarm: {error}\n")
+        sys.stderr.write(f"scripts/swarm: {printable(str(error), 4000)}\n")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("scripts/swarm: interrupted\n")
