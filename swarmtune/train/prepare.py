@@ -89,7 +89,7 @@ def prepare(train: Source, validation: Source | None, fraction: float, tokenizer
     """
     sizes: dict[bytes, int] = defaultdict(int)
     with show.phase("reading", "characters") as advance:
-        for document in train.documents():
+        for document in train.documents(warn=True):
             sizes[document.digest] += len(document.text)
             advance(len(document.text))
     held = held_out(sizes, fraction) if validation is None else set()
@@ -101,7 +101,7 @@ def prepare(train: Source, validation: Source | None, fraction: float, tokenizer
     if validation is not None:
         both = total = 0
         with show.phase("tokenizing validation text", "characters") as advance:
-            for document, tokens in tokenise(validation.documents(), tokenizer):
+            for document, tokens in tokenise(validation.documents(warn=True), tokenizer):
                 both, total = both + (document.digest in sizes), total + 1
                 _add(streams["val"], tokens, tokenizer)
                 advance(len(document.text))
