@@ -21,6 +21,7 @@ from servers.report import Report
 from servers.stopping import Stop
 from swarmtune.config import resolve_path
 from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
+from swarmtune.notices import printable
 from swarmtune.schema import Dtype
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(parent: Parent | None, sentence: str, code: int) -> int:
+    sentence = printable(sentence, 4000)
     sys.stderr.write(f"swarmtune serve: {sentence}\n")
     if parent is not None:
         parent.tell(error=sentence, code=code)

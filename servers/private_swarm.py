@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import os
 import shlex
@@ -11,15 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from servers.addresses import check_port
+from servers.config import ServeConfig
 from servers.swarm_plan import Member, Plan, read_plan
 from swarmtune.discovery.identity_file import ensure_identity
 from swarmtune.errors import ServerStartFailed, SwarmtuneError, UsageError, WireError
+from swarmtune.notices import printable
 
 READY_LINE = "serving blocks "
 READY_S = 600.0
@@ -43,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_commands(plan) if options.show else up(plan, options.wait)
         return status(plan) if options.what == "status" else down(plan)
     except SwarmtuneError as error:
-        sys.stderr.write(f"scripts/swarm: {error}\n")
+        sys.stderr.write(f"scripts/swarm: {printable(str(error), 4000)}\n")
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        sys.stderr.write(f"scripts/swarm: {printable(str(error), 4000)}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("scripts/swarm: interrupted\n")
         return 130
@@ -63,15 +70,18 @@ def argument_parser() -> argparse.ArgumentParser:
 
 @dataclass(slots=True)
 class Running:
-    """A server of the plan, and the process that runs it, if any: what ``NAME.json`` in the state directory says.
+    """A server, and the process that runs it, if any: what ``NAME.json`` in the state directory says.
 
     Attributes:
+        member: what the plan says of it; ``None`` where the plan has no server of this name, because the file was another one at the last ``up``.
         pid: 0 where no process runs.
         born: when that process started, as the system says it: another process with this number is not ours.
     """
 
-    member: Member
+    name: str
+    member: Member | None
     state: Path
+    blocks: str = "unknown"
     port: int = 0
     pid: int = 0
     born: str = ""
@@ -80,14 +90,46 @@ class Running:
 
     @classmethod
     def of(cls, member: Member, state: Path) -> Running:
-        """What is known of a server since the last ``up``."""
-        found = cls(member, state)
+        """What is known of a server of the plan since the last ``up``; a damaged file counts as no process.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        file = state / f"{member.name}.json"
+        found = cls(member.name, member, state, member.config.blocks)
         try:
-            facts = json.loads((state / f"{member.name}.json").read_text(encoding="utf-8"))
-            found.port, found.pid, found.born, found.addresses = facts["port"], facts["pid"], facts["born"], tuple(facts["addresses"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            found._read(file)
+        except FileNotFoundError:
             pass
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read ({error.strerror}), so nobody knows whether {member.name} runs") from error
+        except ValueError:
+            sys.stderr.write(f"scripts/swarm: warning: {file} is damaged: {member.name} counts as not running\n")
+        if not found.alive:
+            found.blocks = member.config.blocks
         return found
+
+    @classmethod
+    def strays(cls, plan: Plan) -> list[Running]:
+        """Servers that still run by files of the state directory, but are not in the plan; other files there are not ours."""
+        found: list[Running] = []
+        for file in sorted(plan.state.glob("[!.]*.json")):
+            stray = cls(file.stem, None, plan.state)
+            try:
+                stray._read(file)
+            except (OSError, ValueError):
+                continue
+            if stray.alive and all(file.stem != member.name for member in plan.members):
+                found.append(stray)
+        return found
+
+    def _read(self, file: Path) -> None:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        kinds = {"port": int, "pid": int, "born": str, "addresses": list}
+        if not isinstance(facts, dict) or any(type(facts.get(key)) is not kind for key, kind in kinds.items()):
+            raise ValueError("it is no state of a server")
+        self.port, self.pid, self.born, self.addresses = facts["port"], facts["pid"], facts["born"], tuple(map(str, facts["addresses"]))
+        self.blocks = str(facts.get("blocks", self.blocks))
 
     @property
     def alive(self) -> bool:
@@ -99,29 +141,30 @@ class Running:
     @property
     def log(self) -> Path:
         """Where the server writes."""
-        return self.state / f"{self.member.name}.log"
+        return self.state / f"{self.name}.log"
 
     @property
     def key(self) -> Path:
         """Its identity file."""
-        return self.state / f"{self.member.name}.key"
+        return self.state / f"{self.name}.key"
 
     def save(self) -> None:
         """Write ``NAME.json``, whole or not at all."""
-        facts = {"port": self.port, "pid": self.pid, "born": self.born, "addresses": list(self.addresses)}
-        partial = self.state / f".{self.member.name}.json"
+        facts = {"blocks": self.blocks, "port": self.port, "pid": self.pid, "born": self.born, "addresses": list(self.addresses)}
+        partial = self.state / f".{self.name}.json"
         partial.write_text(json.dumps(facts), encoding="utf-8")
-        partial.replace(self.state / f"{self.member.name}.json")
+        partial.replace(self.state / f"{self.name}.json")
 
-    def start(self, peers: Sequence[str], threads: int) -> int:
+    def start(self, member: Member, peers: Sequence[str], threads: int) -> int:
         """Start the process; returns where its part of the log begins."""
-        config = self.member.config
+        config = member.config
+        self.blocks = config.blocks
         more: dict[str, Any] = {"port": self.port, "identity": self.key, "initial_peers": [*config.initial_peers, *peers]}
         more["threads"] = config.threads or threads
         with self.log.open("ab") as log:
             begin = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "servers", *self.member.words(**more)],
+                [sys.executable, "-P", "-m", "servers", *member.words(**more)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -165,27 +208,62 @@ def up(plan: Plan, wait_s: float) -> int:
     """Start all servers, wait until each serves, print where they are. If one fails, all are stopped.
 
     Raises:
-        UsageError: a server of this plan runs already, is for another machine, or has a port that is in use.
+        UsageError: a server runs already in this state directory, is for another machine, or has a port that is in use.
         ServerStartFailed: a server ended before it was ready, or took too long.
     """
-    plan.state.mkdir(parents=True, exist_ok=True)
+    for member in plan.members:
+        if member.host is not None:
+            raise UsageError(f"{member.name} is for host {member.host}: use up --print, which prints the commands for each machine")
+    _make(plan.state)
+    with _only_one(plan.state):
+        return _up(plan, wait_s)
+
+
+def _make(state: Path) -> None:
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the state directory {state} cannot be made ({error.strerror}): give another one with --state") from error
+
+
+@contextmanager
+def _only_one(state: Path) -> Iterator[None]:
+    """Keep a second ``up`` or ``down`` away from a state directory; the lock ends with this process, however it ends."""
+    try:
+        lock = (state / "lock").open("ab")
+    except OSError as error:
+        raise UsageError(f"the state directory {state} cannot be written ({error.strerror}): give another one with --state") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another scripts/swarm works with {state} at this moment: wait until it has finished, or end it with Ctrl-C") from error
+        yield
+
+
+def _up(plan: Plan, wait_s: float) -> int:
+    strays = Running.strays(plan)
+    if strays:
+        named = ", ".join(f"{stray.name} (process {stray.pid})" for stray in strays)
+        raise UsageError(f"servers of another plan run in {plan.state}: {named}; scripts/swarm down first, or give another directory with --state")
     swarm = [Running.of(member, plan.state) for member in plan.members]
     for running in swarm:
-        if running.member.host is not None:
-            raise UsageError(f"{running.member.name} is for host {running.member.host}: use up --print, which prints the commands for each machine")
         if running.alive:
-            raise UsageError(f"{running.member.name} runs already (process {running.pid}): scripts/swarm down first")
-    for running in swarm:
-        running.port = _port(running)
-        running.addresses = tuple(running.member.addresses(running.port, ensure_identity(running.key).peer_id))
+            raise UsageError(f"{running.name} runs already (process {running.pid}): scripts/swarm down first")
+    for member, running in zip(plan.members, swarm, strict=True):
+        running.port = _port(member.config, running.port)
+        running.addresses = tuple(member.addresses(running.port, ensure_identity(running.key).peer_id))
     threads = max(1, (os.cpu_count() or 1) // len(swarm))  # servers that compete for cores wait for each other
     try:
-        begins = [running.start([a for other in swarm if other is not running for a in other.addresses], threads) for running in swarm]
+        begins = [
+            running.start(member, [address for other in swarm if other is not running for address in other.addresses], threads)
+            for member, running in zip(plan.members, swarm, strict=True)
+        ]
         ends_at = time.monotonic() + wait_s
         for running, begin in zip(swarm, begins, strict=True):
             running.addresses = _wait_ready(running, begin, ends_at, wait_s)
             running.save()
-            print(f"{running.member.name} serves blocks {running.member.config.blocks} (process {running.pid}) at {' '.join(running.addresses)}")
+            print(f"{running.name} serves blocks {running.blocks} (process {running.pid}) at {' '.join(running.addresses)}")
             sys.stdout.flush()
     except BaseException:
         _stop(swarm, KILL_S)
@@ -196,13 +274,12 @@ def up(plan: Plan, wait_s: float) -> int:
     return 0
 
 
-def _port(running: Running) -> int:
+def _port(config: ServeConfig, last: int) -> int:
     """The port of the plan; otherwise the one of the last time, or a free one."""
-    config = running.member.config
-    if config.port or not running.port:
+    if config.port or not last:
         return check_port(config.listen, config.port, config.transport)
     try:
-        return check_port(config.listen, running.port, config.transport)
+        return check_port(config.listen, last, config.transport)
     except UsageError:
         return check_port(config.listen, 0, config.transport)
 
@@ -219,9 +296,9 @@ def _wait_ready(running: Running, begin: int, ends_at: float, wait_s: float) -> 
                 return tuple(line.rpartition(" at ")[2].split())
         if ended:
             said = lines[-1].strip()[:500].removeprefix("swarmtune serve: ") if lines else "it said nothing"
-            raise ServerStartFailed(f"{running.member.name} ended before it was ready, so all were stopped: {said} (log: {running.log})")
+            raise ServerStartFailed(f"{running.name} ended before it was ready, so all were stopped: {said} (log: {running.log})")
         if time.monotonic() > ends_at:
-            raise ServerStartFailed(f"{running.member.name} was not ready within {wait_s:.0f} s, so all were stopped (log: {running.log})")
+            raise ServerStartFailed(f"{running.name} was not ready within {wait_s:.0f} s, so all were stopped (log: {running.log})")
         time.sleep(0.1)
 
 
@@ -236,7 +313,7 @@ def _stop(swarm: Sequence[Running], drain_s: float) -> list[str]:
             time.sleep(0.1)
         for running in swarm:
             if number is not None and running.alive:
-                killed.append(running.member.name)
+                killed.append(running.name)
                 running.signal(number)
     for running in swarm:
         if running.pid and not running.alive:
@@ -245,31 +322,40 @@ def _stop(swarm: Sequence[Running], drain_s: float) -> list[str]:
 
 
 def down(plan: Plan) -> int:
-    """Ask all servers to finish and end; end those that do not."""
-    swarm = [Running.of(member, plan.state) for member in plan.members]
+    """Ask all servers of the state directory to finish and end, those of an earlier plan too; end those that do not."""
+    if not plan.state.is_dir():
+        print("no server of this plan runs")
+        return 0
+    with _only_one(plan.state):
+        return _down(plan)
+
+
+def _down(plan: Plan) -> int:
+    swarm = [*(Running.of(member, plan.state) for member in plan.members), *Running.strays(plan)]
     there = [running for running in swarm if running.alive]
     for running in swarm:
         if running.pid and running not in there:
             running.forget()
     killed = _stop(there, DRAIN_S)
     for running in there:
-        how = "killed, because it did not finish in time" if running.member.name in killed else "stopped"
-        print(f"{running.member.name} {how if not running.alive else 'still runs'}")
+        how = "killed, because it did not finish in time" if running.name in killed else "stopped"
+        print(f"{running.name} {how if not running.alive else 'still runs'}")
     if not there:
         print("no server of this plan runs")
     return 1 if any(running.alive for running in there) else 0
 
 
 def status(plan: Plan) -> int:
-    """One line per server: process, blocks, address, and what it answers when asked to describe itself."""
-    swarm = [Running.of(member, plan.state) for member in plan.members]
+    """One line per server, those of another plan that run here too: process, blocks, address, and what it answers when asked to describe itself."""
+    swarm = [*(Running.of(member, plan.state) for member in plan.members), *Running.strays(plan)]
     asked = [running for running in swarm if running.alive]
-    answers = dict(zip((r.member.name for r in asked), asyncio.run(_ask_all([r.addresses[:1] for r in asked])), strict=True)) if asked else {}
+    answers = dict(zip((r.name for r in asked), asyncio.run(_ask_all([r.addresses[:1] for r in asked])), strict=True)) if asked else {}
     fine = True
     for running in swarm:
-        answered, said = answers.get(running.member.name, (False, "does not run"))
+        answered, said = answers.get(running.name, (False, "does not run"))
         process = f"process {running.pid}" if running.alive else "no process"
-        print(f"{running.member.name}  blocks {running.member.config.blocks}  {process}  {' '.join(running.addresses) or 'no address yet'}  {said}")
+        said = said if running.member is not None else f"{said} (not in the plan)"
+        print(f"{running.name}  blocks {running.blocks}  {process}  {' '.join(running.addresses) or 'no address yet'}  {said}")
         fine = fine and answered
     return 0 if fine else 1
 
@@ -306,7 +392,7 @@ async def _ask(node: Any, addresses: Sequence[str]) -> tuple[bool, str]:
 
 def show_commands(plan: Plan) -> int:
     """Print what to run on each machine. The keys are made here, so that every address is known before any server starts."""
-    plan.state.mkdir(parents=True, exist_ok=True)
+    _make(plan.state)
     known: dict[str, list[str]] = {}
     for member in plan.members:
         if not member.config.port:

@@ -18,6 +18,7 @@ from typing import Any
 
 import swarmtune
 from swarmtune.errors import BlocksUnserved, NonFinite, PeersUnreachable, SwarmMismatch, SwarmtuneError, UsageError
+from swarmtune.notices import printable
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -78,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words, started)
     except SwarmtuneError as error:
-        print(f"swarmtune: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
+        print(f"swarmtune: {printable('; '.join([str(error), *getattr(error, '__notes__', ())]), 4000)}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, WRONG_INPUT) else EXIT_FAILED
     except KeyboardInterrupt as error:
-        print(f"swarmtune: {str(error) or 'interrupted'}", file=sys.stderr)
+        print(f"swarmtune: {printable(str(error)) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

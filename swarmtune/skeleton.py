@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swarmtune.errors import ModelUnsupported, UsageError
+from swarmtune.model_files import why_unreadable
 from swarmtune.types import BlockSpan
 from swarmtune.weights import local_path
 from swarmtune.wire.frames import dump_json
@@ -78,10 +80,9 @@ def load_config(model: str) -> PretrainedConfig:
     """
     path = local_path(model)
     try:
-        return AutoConfig.from_pretrained(path or model)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"the model {model!r} has no readable config.json: {first[:300]}") from error
+        return AutoConfig.from_pretrained(path or model, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UsageError(f"the model {model!r} has no readable config.json: {why_unreadable(error)}") from error
 
 
 def config_digest(config: PretrainedConfig) -> str:
@@ -98,8 +99,8 @@ def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except (ValueError, KeyError) as error:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ModelUnsupported(f"no causal language model can be built from a {config.model_type!r} configuration: {str(error)[:300]}") from error
     return model.eval().requires_grad_(False)
 

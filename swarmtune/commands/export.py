@@ -295,7 +295,7 @@ def _merge(adapter_dir: Path, model: str, target: Path, dtype: str) -> tuple[flo
     logging.disable_progress_bar()
 
     def load(path: str | Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False).eval()
 
     base = _here(lambda: load(model), f"the model {model} is neither a whole directory here nor in the cache: give it with --model")
     plain = _probe(base)
@@ -318,7 +318,7 @@ def _merge(adapter_dir: Path, model: str, target: Path, dtype: str) -> tuple[flo
     if not again.equal(together):
         raise UsageError("export: the merged model would not load as it is: nothing was written")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(model).is_dir() and not list(Path(model).glob("*token*")):
             return change, rounding, "without a tokenizer, because the model has none"

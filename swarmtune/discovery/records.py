@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ RENEW_EVERY_S = 10.0
 MAX_LIFETIME_S = 300.0
 MAX_ADDRESSES = 16
 CLOCK_SKEW_S = 30.0
-_ADDRESS = re.compile(r"/(ip4|ip6|dns4|dns6|dns)/[A-Za-z0-9.:_-]{1,253}/(tcp|udp)/\d{1,5}(/quic-v1)?/p2p/[A-Za-z0-9]{20,64}")
+_ADDRESS = re.compile(r"/(ip4|ip6|dns4|dns6|dns)/[A-Za-z0-9.:_-]{1,253}/(tcp|udp)/\d{1,5}(/quic-v1)?/p2p/[A-Za-z0-9]{20,64}", re.ASCII)
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 def check_address(address: object) -> str:
@@ -28,14 +30,31 @@ def check_address(address: object) -> str:
     Raises:
         WireError: anything else.
     """
-    if not isinstance(address, str) or _ADDRESS.fullmatch(address) is None:
+    if not isinstance(address, str) or not _is_address(address):
         raise WireError(f"a peer's address must look like /ip4/ADDRESS/tcp/PORT/p2p/PEER_ID, got {str(address)[:120]!r}")
     return address
 
 
+def _is_address(text: str) -> bool:
+    """Whether the whole is of the right form, and its host and port can exist."""
+    if _ADDRESS.fullmatch(text) is None:
+        return False
+    kind, host, _, port = text.split("/")[1:5]
+    try:
+        if kind == "ip4":
+            ipaddress.IPv4Address(host)
+        elif kind == "ip6":
+            ipaddress.IPv6Address(host)
+        elif not all(map(_LABEL.fullmatch, host.removesuffix(".").split("."))):
+            return False
+    except ValueError:
+        return False
+    return 0 < int(port) < 1 << 16
+
+
 def joinable(addresses: Sequence[str]) -> tuple[str, ...]:
     """Those of a node's own addresses that others can use: no loopback beside others, nothing that a record cannot hold, TCP first."""
-    usable = sorted((address for address in addresses if _ADDRESS.fullmatch(address)), key=lambda address: "/udp/" in address)
+    usable = sorted((address for address in addresses if _is_address(address)), key=lambda address: "/udp/" in address)
     beyond = [address for address in usable if not address.startswith(("/ip4/127.", "/ip6/::1/", "/ip6/fe80:"))]
     return tuple((beyond or usable)[:MAX_ADDRESSES])
 

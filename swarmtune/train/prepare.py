@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from swarmtune.errors import UsageError
+from swarmtune.model_files import why_unreadable
 from swarmtune.train.documents import Document, held_out
 from swarmtune.train.preparing import Preparing
 from swarmtune.train.sources import Source
@@ -30,12 +31,13 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UsageError: the model has none, or it cannot be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"model {path}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UsageError(f"model {path}: its tokenizer cannot be read: {why_unreadable(error)}") from error
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
@@ -87,7 +89,7 @@ def prepare(train: Source, validation: Source | None, fraction: float, tokenizer
     """
     sizes: dict[bytes, int] = defaultdict(int)
     with show.phase("reading", "characters") as advance:
-        for document in train.documents():
+        for document in train.documents(warn=True):
             sizes[document.digest] += len(document.text)
             advance(len(document.text))
     held = held_out(sizes, fraction) if validation is None else set()
@@ -99,7 +101,7 @@ def prepare(train: Source, validation: Source | None, fraction: float, tokenizer
     if validation is not None:
         both = total = 0
         with show.phase("tokenizing validation text", "characters") as advance:
-            for document, tokens in tokenise(validation.documents(), tokenizer):
+            for document, tokens in tokenise(validation.documents(warn=True), tokenizer):
                 both, total = both + (document.digest in sizes), total + 1
                 _add(streams["val"], tokens, tokenizer)
                 advance(len(document.text))

@@ -52,11 +52,13 @@ HUB_TIMEOUT_S = 10.0
 Said = Callable[[int], None]
 """Told how many bytes have been read."""
 
+log = logging.getLogger(__name__)
+
 
 class PythonTopics:
     """The help topics that come with Python."""
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, warn: bool = False) -> Iterator[Document]:
         """Every topic."""
         yield from python_topics()
 
@@ -185,17 +187,31 @@ class DatasetSource:
 
     # --- reading ---
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, warn: bool = False) -> Iterator[Document]:
         """Every text that is not blank; equal texts share a group.
+
+        Args:
+            warn: say at the end how many rows had no text.
 
         Raises:
             UsageError: nothing there, no such split or column, a column that is not text, or a file that cannot be read.
         """
+        total = blank = 0
         for rows in self._rows():
             for values in zip(*(rows[column] for column in self.columns), strict=True):
-                text = self._text(values)
+                text, total = self._text(values), total + 1
                 if text is not None and text.strip():
                     yield Document(text, text)
+                else:
+                    blank += 1
+        if warn and blank and not self._splits_paragraphs():
+            columns = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns)}"
+            log.warning("%d of %d rows of %s have no text in %s: left out", blank, total, self.path, columns)
+
+    def _splits_paragraphs(self) -> bool:
+        """Whether rows are paragraphs of text files, where a blank one is but a gap."""
+        files = self.files() if self.layout != "saved" else []
+        return bool(files) and all(ending(path) == ".txt" for path in files)
 
     def _text(self, values: tuple[Any, ...]) -> str | None:
         """The text of one row; ``None`` where a value is missing."""

@@ -100,6 +100,17 @@ def test_python_m_does_not_take_packages_of_the_current_directory(tmp_path: Path
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_control_characters_of_an_error_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(words: list[str], started: float) -> int:
+        error = UsageError("the file says \x1b]0;owned\x07 here\nand there")
+        error.add_note("a note \x1b[31m")
+        raise error
+
+    monkeypatch.setattr(cli, "_train", fail)
+    assert cli.main(["recipe=x"]) == 2
+    assert capsys.readouterr().err == "swarmtune: the file says  ]0;owned  here and there; a note  [31m\n"
+
+
 def test_the_unexpected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(words: list[str], started: float) -> int:
         raise ZeroDivisionError

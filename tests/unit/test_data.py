@@ -290,7 +290,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = DatasetSource.documents
 
-    def documents(self: DatasetSource) -> Iterator[Document]:
+    def documents(self: DatasetSource, warn: bool = False) -> Iterator[Document]:
         found.append(self.path)
         return original(self)
 
@@ -354,6 +354,22 @@ def test_the_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -
     assert default_folder() == Path("/x/swarmtune")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == Path.home() / ".cache" / "swarmtune"
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_rows_without_text_are_left_out_with_one_warning(streams: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text(ROWS + '{"body": null, "number": 1}\n' * 6 + '{"body": "  ", "number": 2}\n' * 3)
+    apart = {"validation_path": str(path)} if streams == 2 else {}
+    TextDataModule(POCKET, source="files", path=str(path), text_column="body", cache=False, **apart).setup()
+    said = [record.getMessage() for record in caplog.records if "no text" in record.getMessage()]
+    assert said == [f"9 of {len(TEXTS) + 9} rows of {path} have no text in column body: left out"] * streams
+
+
+def test_gaps_between_paragraphs_are_no_rows_without_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "some.txt").write_text("\n\n\n \n\n\n\n\n".join(TEXTS) + "\n\n\n\n")
+    TextDataModule(POCKET, source="files", path=str(tmp_path / "some.txt"), cache=False).setup()
+    assert not caplog.records
 
 
 def test_validation_text_may_come_from_another_split_or_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

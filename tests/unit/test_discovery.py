@@ -170,12 +170,28 @@ def test_a_record_over_the_limit_is_refused_unread() -> None:
         address(),
         address().replace("ip4/127.0.0.1", "ip6/::1"),
         address().replace("ip4/127.0.0.1", "dns4/lab.example.org"),
+        address().replace("ip4/127.0.0.1", "dns/gpu_1"),
         address().replace("/tcp/31337", "/udp/1/quic-v1"),
+        address().replace("31337", "65535"),
     ],
 )
 def test_addresses_that_name_their_peer_are_taken(good: str) -> None:
     assert check_address(good) == good
     assert peer_of(good) == OWNER.peer_id
+
+
+@pytest.mark.parametrize(
+    "host", ["ip4/999.1.1.1", "ip4/1.2.3", "ip4/::1", "ip4/a.b", "ip6/1.2.3.4", "ip6/:::", "dns/a..b", "dns4/-a.b", "dns6/a-", "dns/a:b"]
+)
+def test_a_host_that_cannot_exist_is_refused(host: str) -> None:
+    with pytest.raises(WireError, match="must look like"):
+        check_address(address().replace("ip4/127.0.0.1", host))
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "٣"])
+def test_a_port_that_cannot_exist_is_refused(port: str) -> None:
+    with pytest.raises(WireError, match="must look like"):
+        check_address(address().replace("31337", port))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -140,7 +141,7 @@ def test_down_leaves_a_process_alone_that_got_the_number_of_a_server(tmp_path: P
             assert main(["down", str(path)]) == 0
             assert capsys.readouterr().out == "no server of this plan runs\n"
             assert stranger.poll() is None
-            assert json.loads(record.read_text()) == {"port": 5, "pid": 0, "born": "", "addresses": []}
+            assert json.loads(record.read_text()) == {"blocks": "0:4", "port": 5, "pid": 0, "born": "", "addresses": []}
             record.write_text(json.dumps({"port": 5, "pid": stranger.pid, "born": born_at(stranger.pid), "addresses": []}))
             assert main(["down", str(path)]) == 0
             assert stranger.wait(5) == -signal.SIGTERM, "with the right time of birth it would have been ours"
@@ -148,10 +149,60 @@ def test_down_leaves_a_process_alone_that_got_the_number_of_a_server(tmp_path: P
             stranger.kill()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"port": 1}', "null"])
+def test_servers_of_a_plan_that_has_changed_are_seen_refused_and_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, POCKET + 'servers: [{blocks: "0:4"}]')
+    state = tmp_path / "swarm.state"
+    state.mkdir()
+    (state / "notes.json").write_text("[]")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as former:
+        try:
+            record = {"blocks": "2:4", "port": 5, "pid": former.pid, "born": born_at(former.pid), "addresses": []}
+            (state / "tail.json").write_text(json.dumps(record))
+            assert main(["status", str(path)]) == 1
+            assert f"tail  blocks 2:4  process {former.pid}  no address yet  not ready yet (not in the plan)\n" in capsys.readouterr().out
+            assert main(["up", str(path)]) == 2
+            said = capsys.readouterr().err
+            assert f"servers of another plan run in {state}: tail (process {former.pid}); scripts/swarm down first" in said
+            assert said.count("\n") == 1
+            assert main(["down", str(path)]) == 0
+            assert capsys.readouterr().out == "tail stopped\n"
+            assert former.wait(5) == -signal.SIGTERM
+        finally:
+            former.kill()
+    assert not (state / "server-0.key").exists()
+
+
+@pytest.mark.parametrize("what", ["up", "down"])
+def test_a_second_command_does_not_work_with_a_state_directory_at_the_same_time(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, POCKET + 'servers: [{blocks: "0:4"}]')
+    (tmp_path / "swarm.state").mkdir()
+    with (tmp_path / "swarm.state" / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([what, str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "another scripts/swarm works with" in said
+    assert said.count("\n") == 1
+    assert [found.name for found in (tmp_path / "swarm.state").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("words", [["up"], ["up", "--print"]])
+def test_a_state_directory_that_cannot_be_made_is_one_sentence(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, POCKET + 'servers: [{blocks: "0:4", port: 31337}]')
+    (tmp_path / "file").touch()
+    assert main([*words, str(path), "--state", str(tmp_path / "file" / "x")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be made" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"port": 1}', "null", '{"port": 1, "pid": "7", "born": "", "addresses": []}'])
 def test_a_damaged_record_counts_as_no_process(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, POCKET + 'servers: [{blocks: "0:4"}]')
     (tmp_path / "swarm.state").mkdir()
     (tmp_path / "swarm.state" / "server-0.json").write_text(content)
     assert main(["status", str(path)]) == 1
-    assert "does not run" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "does not run" in out
+    assert "server-0.json is damaged: server-0 counts as not running" in err

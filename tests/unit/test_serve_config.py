@@ -122,6 +122,10 @@ def test_announced_addresses_are_completed() -> None:
     [
         ("gpu.example.org", "announce must hold IP addresses or multiaddresses"),
         ("/ip4/1.2.3.4", "announce must hold IP addresses or multiaddresses"),
+        ("/ip4/999.1.1.1/tcp/1", "announce must hold IP addresses or multiaddresses"),
+        ("/ip4/1.2.3.4/tcp/99999", "announce must hold IP addresses or multiaddresses"),
+        ("/dns/a..b/tcp/7", "announce must hold IP addresses or multiaddresses"),
+        ("/dns/a.b/tcp/0", "announce must hold IP addresses or multiaddresses"),
         ("0.0.0.0", "can be dialled by nobody"),
         ("/ip6/::/tcp/4", "can be dialled by nobody"),
         (f"/ip4/1.2.3.4/tcp/7/p2p/{Identity.generate().peer_id}", "announce names the peer"),

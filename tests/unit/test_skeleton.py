@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,13 @@ import pytest
 import torch
 from transformers import BloomConfig, GPT2Config, GraniteConfig, LlamaConfig, OlmoConfig, OPTConfig, PretrainedConfig, Qwen3Config
 
+import swarmtune
 from swarmtune.errors import ModelUnsupported, UsageError
 from swarmtune.skeleton import build_skeleton, call_span, check_identity, check_span, config_digest, hidden_size, init_buffers, load_config, truncate
+from swarmtune.train.prepare import load_tokenizer
 from swarmtune.types import BlockSpan
 
+POCKET = Path(swarmtune.__file__).parent / "assets" / "pocket_bloom"
 COMMON: dict[str, Any] = {"hidden_size": 32, "vocab_size": 64}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 3}
 ROTARY: dict[str, Any] = {**COMMON, **HEADS, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -125,6 +132,34 @@ def test_a_directory_without_a_readable_config_is_refused_in_one_sentence(tmp_pa
     with pytest.raises(UsageError, match=r"has no readable config\.json") as caught:
         load_config(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"n_layer": "x"}, {"n_layer": None}, {"hidden_size": "big"}, {"n_head": 0}, {"hidden_size": -1}])
+def test_a_value_of_the_wrong_kind_in_a_config_is_refused_in_one_sentence(models: dict[str, Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
+    config = json.loads((models["bloom"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+    with pytest.raises(UsageError, match=r"has no readable config\.json|no causal language model can be built") as caught:
+        build_skeleton(load_config(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(POCKET, model)
+    (model / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    named = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}, "tokenizer_class": "Own"}
+    if what == "tokenizer_config.json":
+        named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (model / what).write_text(json.dumps({**json.loads((model / what).read_text()), **named}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(UsageError, match="needs code that comes with the model, which swarmtune never runs") as caught:
+        load_config(str(model)) if what == "config.json" else load_tokenizer(str(model))
+    assert "\n" not in str(caught.value)
+    assert not ran.exists()
+    assert "[y/N]" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere", "~/nowhere", "a/b/c", "", "  "])
