@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 from servers.handler import CallHandler
 from swarmtune.errors import BlocksUnserved, SwarmMismatch
+from swarmtune.swarm import Swarm
 from tests.harness import batch, loopback, lora, make_handler, remote, save_tiny, step
 
 
@@ -112,9 +114,29 @@ def test_one_numeric_class_is_no_warning(bloom: Path, caplog: pytest.LogCaptureF
 
 def test_servers_of_two_dtypes_on_the_route_are_refused_by_name(bloom: Path) -> None:
     handlers = {"a": make_handler(bloom, "0:2"), "b": make_handler(bloom, "2:4", torch.bfloat16)}
-    with loopback(bloom, handlers=handlers) as swarm:
+    with loopback(bloom, handlers=handlers, patience_s=0.7) as swarm:
         with pytest.raises(SwarmMismatch, match=r"server of 0:2 \(a\) in float32; server of 2:4 \(b\) in bfloat16"):
             remote(bloom, swarm)
+
+
+def test_a_first_route_of_two_modes_is_waited_out(bloom: Path) -> None:
+    """A client that hears of the servers one after the other has not seen the whole swarm yet."""
+    handlers = {"a": make_handler(bloom, "0:2"), "b": make_handler(bloom, "2:4", torch.bfloat16)}
+    with loopback(bloom, handlers=handlers, patience_s=30.0) as swarm:
+        late = make_handler(bloom, "2:4")
+        swarm.loop.run(_later(swarm, "c", late))
+        assert torch.isfinite(remote(bloom, swarm)(**batch()).loss)
+        assert swarm.fingerprint()["mode"] == ["float32"]
+
+
+async def _later(swarm: Swarm, name: str, handler: CallHandler) -> None:
+    asyncio.get_running_loop().call_later(0.5, swarm._transport.handlers.__setitem__, name, handler)  # type: ignore[attr-defined]
+
+
+def test_the_mode_of_a_quantised_swarm_is_in_the_fingerprint(bloom: Path) -> None:
+    with loopback(bloom, quantise="int8") as swarm:
+        remote(bloom, swarm)
+        assert swarm.fingerprint()["mode"] == ["float32 over int8 weights"]
 
 
 def test_a_server_with_other_weights_that_stays_is_told_of_once_and_named_in_the_error(
