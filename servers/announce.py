@@ -1,11 +1,11 @@
-"""Keeping a server's record in the DHT alive."""
+"""Keeping a server's record in the DHT alive, and the server itself connected to the others of its model."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from swarmtune.discovery.dht import DirectoryNode
 from swarmtune.discovery.records import LIFETIME_S, RENEW_EVERY_S, Announcement, peer_of
@@ -17,39 +17,99 @@ logger = logging.getLogger(__name__)
 
 GREET_EVERY_S = 1.0
 EAGER_S = 60.0
+ALONE_S = 60.0
+"""A server that has met others and has been without them for so long says so."""
 
 
 async def announce_forever(
     node: HivemindNode, directory: DirectoryNode, initial_peers: Sequence[str], info: Callable[[], ServerInfo], *, addresses_change: bool = False
 ) -> None:
-    """Publish a fresh record every ten seconds; meet initial peers that come up later, eagerly in the first minute.
+    """Publish a fresh record every ten seconds, and stay connected to the initial peers and to all servers of the model.
 
     Where ``addresses_change`` (a router may forward a port at any time), the daemon is asked for them before each record.
     """
-    waiting = {address for address in initial_peers if peer_of(address) != node.peer_id}
-    began, published_at = time.monotonic(), 0.0
-    while True:
-        met = await _greet(node, directory, sorted(waiting))
-        waiting -= met
-        if met or time.monotonic() - published_at >= RENEW_EVERY_S:
+    company = Company(node, directory, initial_peers)
+    keeping = asyncio.create_task(company.keep_forever(lambda: info().model))
+    try:
+        while not keeping.done():
+            company.grown.clear()
             if addresses_change:
                 await _look(node)
             await _publish(node, directory, info())
-            published_at = time.monotonic()
-        eager = waiting and time.monotonic() - began < EAGER_S
-        await asyncio.sleep(GREET_EVERY_S if eager else RENEW_EVERY_S)
+            growing = asyncio.create_task(company.grown.wait())  # a peer met now does not know of this server yet
+            await asyncio.wait([growing, keeping], timeout=RENEW_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            growing.cancel()
+        keeping.result()
+    finally:
+        keeping.cancel()
 
 
-async def _greet(node: HivemindNode, directory: DirectoryNode, addresses: Sequence[str]) -> set[str]:
-    async def meet(address: str) -> str | None:
+class Company:
+    """The other servers that this one knows: without each of them in touch with the others, the loss of the first would split the swarm.
+
+    Attributes:
+        grown: set when a peer has been met.
+    """
+
+    def __init__(self, node: HivemindNode, directory: DirectoryNode, initial_peers: Sequence[str]) -> None:
+        self._node, self._directory = node, directory
+        self._initial = {address: peer for address in initial_peers if (peer := peer_of(address)) != node.peer_id}
+        self._met: set[str] = set()
+        self._together_at: float | None = None
+        self.grown = asyncio.Event()
+
+    async def keep_forever(self, model: Callable[[], str]) -> None:
+        """Look for peers that are not connected every ten seconds; for initial ones eagerly in the first minute."""
+        began = time.monotonic()
+        while True:
+            await self.look_around(model())
+            eager = not self._met.issuperset(self._initial.values()) and time.monotonic() - began < EAGER_S
+            await asyncio.sleep(GREET_EVERY_S if eager else RENEW_EVERY_S)
+
+    async def look_around(self, model: str) -> None:
+        """Dial and greet the initial peers, then the announced servers of ``model``, where they are not connected."""
+        connected = await self._node.connected()
+        if connected is None:
+            return  # the daemon is busy or gone, which others watch
+        self._met &= connected
+        await self._meet(self._initial, connected)
         try:
-            await directory.greet(await node.connect(address))
+            announcements = await self._directory.find(model)
         except TransportError as error:
             logger.debug("%s", error)
-            return None
-        return address
+            announcements = []
+        others = [announcement for announcement in announcements if announcement.peer != self._node.peer_id]
+        await self._meet({address: other.peer for other in others for address in other.addresses}, connected)
+        self._tell_if_alone()
 
-    return {address for address in await asyncio.gather(*map(meet, addresses)) if address}
+    async def _meet(self, addresses: Mapping[str, str], connected: set[str]) -> None:
+        """All at once: each dial and each greeting has its own deadline."""
+
+        async def meet(address: str, peer: str) -> None:
+            try:
+                if peer not in connected:
+                    await self._node.connect(address)
+                if peer not in self._met:
+                    await self._directory.greet(peer)
+            except TransportError as error:
+                logger.debug("%s", error)
+                return
+            if peer not in self._met:
+                self._met.add(peer)
+                self.grown.set()
+
+        await asyncio.gather(*(meet(address, peer) for address, peer in addresses.items() if peer not in self._met))
+
+    def _tell_if_alone(self) -> None:
+        now = time.monotonic()
+        if self._met:
+            self._together_at = now
+        elif self._together_at is not None and now - self._together_at >= ALONE_S:
+            self._together_at = None
+            logger.warning(
+                "this server has lost all other servers: clients that join through it find only its own blocks; looking for them every %.0f s",
+                RENEW_EVERY_S,
+            )
 
 
 async def _look(node: HivemindNode) -> None:

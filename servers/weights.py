@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from swarmtune.skeleton import LayerSite, build_skeleton
 from swarmtune.types import BlockSpan
-from swarmtune.weights import Checkpoint, block_digest, fill, tensor_digest
+from swarmtune.weights import Checkpoint, block_digest, block_names, fill, tensor_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def load_blocks(
         def observe(name: str, tensor: Tensor, stored: dict[str, bytes] = stored) -> None:
             stored[name] = tensor_digest(tensor)
 
-        names = {name: f"{site.prefix}{block}.{name}" for name in module.state_dict()}
+        names = block_names(module, site.prefix, block)
         if quantise == "none":
             fill(module, names, checkpoint, skeleton.base_model_prefix, dtype, device, observe)
         else:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from swarmtune.adapters.adapter import PeftAdapter, load_adapter
 from swarmtune.adapters.tuners import check_over_quantised
 from swarmtune.errors import AdapterUnsupported, UsageError
+from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
 from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, hidden_size, init_buffers, load_config
 from swarmtune.weights import Checkpoint, fill
@@ -96,7 +97,7 @@ def load_causal_lm(
 
     Raises:
         UsageError: the model or the adapter cannot be used, with the reason.
-        SwarmError: the swarm does not serve all blocks of this model.
+        SwarmError: the swarm does not serve all blocks of this model, or serves another checkpoint than ``model`` (as far as it is on this disk).
     """
     if not hasattr(swarm, "open_model"):
         raise UsageError(f"swarm must be a connection from swarmtune.connect, got {type(swarm).__name__}")
@@ -111,6 +112,7 @@ def load_causal_lm(
     opened = swarm.open_model(config_digest(config), site.num_blocks)
     if own is not None:
         check_over_quantised(own.spec.config["peft_type"], opened.quantisation, opened.dtype)
+    compare_weights(name, config, site, opened.directory)
     element_type = _dtype(dtype if dtype is not None else opened.dtype)
     body = RemoteBody(swarm.loop, opened.chain, site.num_blocks, hidden_size(config))
     loaded = _load_ends(name, config, site, element_type, torch.device(device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from swarmtune.discovery.dht import DirectoryNode
-    from swarmtune.discovery.records import Announcement
     from swarmtune.transport.hivemind import HivemindNode
+    from swarmtune.wire.messages import ServerInfo
 
 logger = logging.getLogger(__name__)
 REFRESH_EVERY_S = 10.0
-REACH_TIMEOUT_S = 5.0
 RETRY_EVERY_S = 0.3
+ONE_MODE_PATIENCE_S = 15.0
+"""Servers are found one after the other, so a route of several modes may be the first one: so long a better one is looked for."""
+GRACE_S = 1.0
+"""Once a peer answers, the others have so long to do so too; after that they are waited for in the background."""
+MAX_LOOKUPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,14 @@ class OpenModel:
     Attributes:
         dtype: what its servers compute in.
         quantisation: ``none``, or what its servers hold the weights in.
+        mode: both in words, see ``ServerInfo.mode``.
     """
 
     chain: Chain
     directory: Directory
     dtype: str
     quantisation: str = "none"
+    mode: str = ""
 
 
 class Swarm:
@@ -98,11 +104,12 @@ class Swarm:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the results of the models opened so far: digests of configurations and weights, and the servers' numeric classes."""
+        """What decides the results of the models opened so far: digests of configurations and weights, and the servers' modes and numeric classes."""
         opened = sorted(self._models.items())
         return {
             "model": [digest for digest, _ in opened],
             "weights": [model.directory.weights() for _, model in opened],
+            "mode": [model.mode for _, model in opened],
             "numeric": [model.directory.numeric_class or "unknown" for _, model in opened],
         }
 
@@ -118,30 +125,31 @@ class Swarm:
 
     async def _open(self, digest: str, num_blocks: int) -> OpenModel:
         directory = Directory(self._transport, self._discovery, digest, num_blocks)
-        ends_at = asyncio.get_running_loop().time() + self.settings.patience_s
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + self.settings.patience_s
+        one_mode_by = min(ends_at, loop.time() + ONE_MODE_PATIENCE_S)
         while True:
             try:
                 async with asyncio.timeout_at(ends_at):
                     await directory.refresh()
-                hops = directory.route(0, num_blocks)
-                break
+                infos = {hop.peer: directory.known[hop.peer].info for hop in directory.route(0, num_blocks)}
+                if len({info.mode for info in infos.values()}) == 1:
+                    break
+                if loop.time() + RETRY_EVERY_S >= one_mode_by:
+                    raise _mixed_modes(infos)
             except (BlocksUnserved, TimeoutError) as error:
-                if asyncio.get_running_loop().time() + RETRY_EVERY_S >= ends_at:
+                if loop.time() + RETRY_EVERY_S >= ends_at:
                     if isinstance(error, BlocksUnserved):
                         raise
                     raise PeersUnreachable(f"the peers did not answer within {self.settings.patience_s:.0f} s") from error
             await asyncio.sleep(RETRY_EVERY_S)
-        infos = {hop.peer: directory.known[hop.peer].info for hop in hops}
-        first, modes = infos[hops[0].peer], sorted({info.mode for info in infos.values()})
-        if len(modes) > 1:
-            who = "; ".join(f"{label(peer, info)} in {info.mode}" for peer, info in infos.items())
-            raise SwarmMismatch(f"the servers on the route compute in {' and '.join(modes)} ({who}): start them with one dtype and one quantize")
+        first = next(iter(infos.values()))
         directory.keep_mode(first.mode)
         if first.quantisation != "none":
             logger.info("the servers compute in %s", first.mode)
         task = asyncio.create_task(self._keep_fresh(directory))
         self._tasks.add(task)
-        return OpenModel(Chain(self._transport, directory, self.settings), directory, first.dtype, first.quantisation)
+        return OpenModel(Chain(self._transport, directory, self.settings), directory, first.dtype, first.quantisation, first.mode)
 
     async def _keep_fresh(self, directory: Directory) -> None:
         while True:
@@ -153,49 +161,114 @@ class Swarm:
                 logger.warning("%s", error or "the swarm did not answer a refresh in time")
 
 
-class HivemindDiscovery:
-    """Peers from the DHT, and the initial peers themselves."""
+def _mixed_modes(infos: Mapping[str, ServerInfo]) -> SwarmMismatch:
+    modes = sorted({info.mode for info in infos.values()})
+    who = "; ".join(f"{label(peer, info)} in {info.mode}" for peer, info in infos.items())
+    return SwarmMismatch(f"the servers on the route compute in {' and '.join(modes)} ({who}): start them with one dtype and one quantize")
 
-    def __init__(self, node: HivemindNode, directory: DirectoryNode, initial_peers: Sequence[str]) -> None:
+
+class HivemindDiscovery:
+    """Peers from the DHT, and the initial peers themselves. Dials go on in the background, so that a dead address holds nobody up.
+
+    Attributes:
+        refusals: by initial address, why its peer could not be reached.
+    """
+
+    def __init__(self, node: HivemindNode, directory: DirectoryNode, initial_peers: Mapping[str, str]) -> None:
+        """``initial_peers`` holds addresses, each with its peer id."""
         self._node, self._directory = node, directory
-        self._initial = {address: None for address in initial_peers}
-        self._dialled: dict[str, tuple[str, ...]] = {}
+        self._initial = dict(initial_peers)
+        self._dials: dict[str, asyncio.Task[str | None]] = {}
+        self._joined = False
+        self._told: set[str] = set()
         self.refusals: dict[str, str] = {}
 
     async def dial_initial(self) -> set[str]:
-        """Reach for all initial peers at once; returns those that answered, and keeps in ``refusals`` why the others could not be reached."""
-        answers = await asyncio.gather(*(self._node.connect(address) for address in self._initial), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, TransportError):
-                raise answer
-        self.refusals = {address: str(answer) for address, answer in zip(self._initial, answers, strict=True) if isinstance(answer, TransportError)}
-        return {answer for answer in answers if isinstance(answer, str)}
+        """Reach for the initial peers that are not connected; returns those that are, once one is and the others had a moment to be.
+
+        Where none answers, all dials are waited for; where one was connected before, none is.
+        """
+        connected = await self._node.connected() or set()
+        dials = self._start_dials(self._initial, connected)
+        reached = connected & set(self._initial.values())
+        while dials and not reached:
+            done, dials = await asyncio.wait(dials, return_when=asyncio.FIRST_COMPLETED)
+            reached |= _reached(done)
+            if reached and dials:
+                done, dials = await asyncio.wait(dials, timeout=GRACE_S)
+                reached |= _reached(done)
+        return reached
 
     async def peers(self, model: str) -> set[str]:
         """See ``Discovery.peers``."""
         initial, announced = await asyncio.gather(self.dial_initial(), self._announced(model))
         return initial | announced
 
+    def joined(self) -> None:
+        """From now on, an initial peer that cannot be reached is left out with a warning."""
+        self._joined = True
+        for address in self._initial:
+            self._tell(address)
+
+    def close(self) -> None:
+        """End the dials that are under way."""
+        for dial in list(self._dials.values()):
+            dial.cancel()
+
     async def _announced(self, model: str) -> set[str]:
+        """Servers that are announced and connected. A look-up that led to new ones is repeated: they may know of more."""
+        named: set[str] = set()
+        for _ in range(MAX_LOOKUPS):
+            try:
+                announcements = await self._directory.find(model)
+            except TransportError as error:
+                logger.debug("%s", error)
+                break
+            named |= {announcement.peer for announcement in announcements}
+            addresses = {address: announcement.peer for announcement in announcements for address in announcement.addresses}
+            dials = self._start_dials(addresses, await self._node.connected() or set())
+            if not dials:
+                break
+            done, _ = await asyncio.wait(dials, timeout=GRACE_S)
+            if not _reached(done):
+                break
+        return named & (await self._node.connected() or set())
+
+    def _start_dials(self, addresses: Mapping[str, str], connected: set[str]) -> set[asyncio.Task[str | None]]:
+        """The dials under way to ``addresses``, those of peers that are neither connected nor being dialled started now."""
+        for address, peer in addresses.items():
+            if peer not in connected and address not in self._dials:
+                self._dials[address] = asyncio.create_task(self._try(address, peer))
+        return {self._dials[address] for address, peer in addresses.items() if address in self._dials and peer not in connected}
+
+    async def _try(self, address: str, peer: str) -> str | None:
+        """Dial an address; strangers' addresses may lead nowhere."""
         try:
-            announcements = await self._directory.find(model)
+            await self._node.connect(address)
         except TransportError as error:
             logger.debug("%s", error)
-            return set()
-        await asyncio.gather(*(self._reach(announcement) for announcement in announcements))
-        return {announcement.peer for announcement in announcements}
+            if address in self._initial and peer not in (await self._node.connected() or ()):
+                self.refusals[address] = str(error)
+                if self._joined:
+                    self._tell(address)
+            return None
+        finally:
+            self._dials.pop(address, None)
+        for known in self._initial:
+            if self._initial[known] == peer:
+                self.refusals.pop(known, None)
+                self._told.discard(known)
+        return peer
 
-    async def _reach(self, announcement: Announcement) -> None:
-        """Dial all addresses of a peer at once, unless that has been done; strangers' addresses may lead nowhere."""
-        if self._dialled.get(announcement.peer) == announcement.addresses:
-            return
-        try:
-            async with asyncio.timeout(REACH_TIMEOUT_S):
-                answers = await asyncio.gather(*map(self._node.connect, announcement.addresses), return_exceptions=True)
-        except TimeoutError:
-            return
-        if any(isinstance(answer, str) for answer in answers):
-            self._dialled[announcement.peer] = announcement.addresses
+    def _tell(self, address: str) -> None:
+        if address in self.refusals and address not in self._told:
+            self._told.add(address)
+            logger.warning("an initial peer is left out, the run goes on without it: %s", self.refusals[address])
+
+
+def _reached(dials: Iterable[asyncio.Task[str | None]]) -> set[str]:
+    """The peers that ended dials led to."""
+    return {peer for dial in dials if (peer := dial.result()) is not None}
 
 
 def connect(
@@ -255,6 +328,7 @@ class HivemindLoop(LoopThread):
 
     _node: HivemindNode | None = None
     _directory: DirectoryNode | None = None
+    _discovery: HivemindDiscovery | None = None
 
     async def join(self, addresses: list[str], patience_s: float) -> tuple[HivemindNode, HivemindDiscovery]:
         """Start a client node and reach at least one of ``addresses``.
@@ -268,7 +342,7 @@ class HivemindLoop(LoopThread):
 
         self._node, self._directory = HivemindNode(), DirectoryNode()
         await self._node.start()
-        discovery = HivemindDiscovery(self._node, self._directory, addresses)
+        self._discovery = discovery = HivemindDiscovery(self._node, self._directory, {address: peer_of(address) for address in addresses})
         ends_at = self._loop.time() + patience_s
         reached: set[str] = set()
         try:
@@ -279,14 +353,14 @@ class HivemindLoop(LoopThread):
             raise PeersUnreachable(
                 f"none of the initial peers answered within {patience_s:.0f} s: {', '.join(addresses)}; swarmtune doctor --peer ADDRESS says why"
             ) from error
-        for address, refusal in discovery.refusals.items():
-            if peer_of(address) not in reached:
-                logger.warning("an initial peer is left out, the run goes on without it: %s", refusal)
+        discovery.joined()
         await self._directory.start(self._node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
         return self._node, discovery
 
     async def _cancel_all(self) -> None:
         try:
+            if self._discovery is not None:
+                self._discovery.close()
             if self._directory is not None:
                 await self._directory.close()
             if self._node is not None:

@@ -72,6 +72,10 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise ModelUnsupported(f"{path} is not a whole safetensors file: {error}") from error
 
+    def on_disk(self, keys: Iterable[str]) -> bool:
+        """Whether all these stored tensors can be read without a download."""
+        return all(self._fetch(shard, download=False) is not None for shard in {self._shard_of[key] for key in keys})
+
     def _read_index(self) -> dict[str, str]:
         index = self._fetch(INDEX)
         if index is not None:
@@ -93,14 +97,20 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ModelUnsupported(f"{single} is not a whole safetensors file: {error}") from error
 
-    def _fetch(self, name: str) -> Path | None:
-        """A file of the model on this disk, downloaded first where the model is a hub id; ``None`` where there is no such file."""
+    def _fetch(self, name: str, download: bool = True) -> Path | None:
+        """A file of the model on this disk, downloaded first where the model is a hub id and that is allowed; ``None`` where there is none."""
         if self._directory is not None:
             path = self._directory / name
             return path if path.is_file() else None
         from transformers.utils.hub import cached_file
 
-        found = cached_file(self._model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        found = cached_file(
+            self._model,
+            name,
+            local_files_only=not download or None,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         return Path(found) if found else None
 
 
@@ -153,6 +163,32 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, key: str, dtype: torch
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
     else:
         owner.register_buffer(leaf, value)
+
+
+def block_names(layer: nn.Module, prefix: str, block: int) -> dict[str, str]:
+    """The stored tensors of a block: name within the block to the full name in the library's model."""
+    return {name: f"{prefix}{block}.{name}" for name in layer.state_dict()}
+
+
+def stored_digest(names: Mapping[str, str], checkpoint: Checkpoint, base_prefix: str) -> tuple[str, int] | None:
+    """The digest of a block (see ``block_names``) and the bytes read for it; ``None`` where not all of it is on this disk: nothing is downloaded.
+
+    Raises:
+        ModelUnsupported: a shard cannot be read.
+    """
+    names_of: dict[str, list[str]] = {}
+    for name, full_name in names.items():
+        key = checkpoint.find(full_name, base_prefix)
+        if key is None:
+            return None
+        names_of.setdefault(key, []).append(name)
+    if not checkpoint.on_disk(names_of):
+        return None
+    digests, read_bytes = {}, 0
+    for key, tensor in checkpoint.read(names_of):
+        read_bytes += tensor.nbytes
+        digests.update(dict.fromkeys(names_of[key], tensor_digest(tensor)))
+    return block_digest(digests), read_bytes
 
 
 def tensor_digest(tensor: Tensor) -> bytes:

@@ -146,6 +146,8 @@ class DirectoryNode:
                 cache_on_store=False,
                 wait_timeout=3.0,
                 bootstrap_timeout=3.0,
+                # A first question may come before the daemon has learnt where to find whom it asks: that must not make it deaf to the answer.
+                blacklist_time=0.0,
             )
 
     async def greet(self, peer: str) -> None:

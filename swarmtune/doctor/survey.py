@@ -31,6 +31,7 @@ QUICK_S = 0.25
 """A link that takes the small body within this time is asked to take the large one."""
 PROBE_TOKENS, PROBE_ROW_TOKENS = 1024, 128
 MAX_SERVERS = 256
+MAX_LOOKUPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +160,19 @@ async def _explore(node: HivemindNode, directory: DirectoryNode, model: str | No
     while models := ({info.model for info in found.infos.values()} | ({model} if model else set())) - looked_up:
         for digest in sorted(models):
             looked_up.add(digest)
-            for announcement in await directory.find(digest):
-                found.announcements[announcement.peer] = announcement
-        await asyncio.gather(*(_reach(node, announcement, found) for announcement in found.announcements.values()))
+            await _look_up(node, directory, digest, found)
         await _describe(node, found.announcements, found)
     await asyncio.gather(*(_compare_clocks(directory, peer, found) for peer in found.infos))
+
+
+async def _look_up(node: HivemindNode, directory: DirectoryNode, model: str, found: _Found) -> None:
+    """Find the servers of a model and dial them; again where that led to new ones, who may know of more."""
+    for _ in range(MAX_LOOKUPS):
+        new = {each.peer: each for each in await directory.find(model) if each.peer not in found.announcements}
+        found.announcements.update(new)
+        await asyncio.gather(*(_reach(node, announcement, found) for announcement in new.values()))
+        if not new:
+            break
 
 
 async def _compare_clocks(directory: DirectoryNode, peer: str, found: _Found) -> None:

@@ -91,6 +91,14 @@ class Directory:
         """One digest of the weights that the servers agree on, block by block."""
         return hashlib.sha256("\n".join(f"{block} {digest}" for block, digest in sorted(self._agreed.items())).encode()).hexdigest()[:16]
 
+    def digest_of(self, block: int) -> str | None:
+        """What the servers agree that a block's weights are; ``None`` for a block that nobody has served so far."""
+        return self._agreed.get(block)
+
+    def holders(self) -> dict[str, ServerInfo]:
+        """The servers in use now: peer to what it says of itself."""
+        return {name: peer.info for name, peer in list(self.known.items())}
+
     async def refresh(self) -> None:
         """Ask discovery for peers, and each peer for itself.
 
@@ -194,12 +202,9 @@ class Directory:
             peer.info, peer.rtt_s = info, rtt_s
             peer.faults //= 2  # it answers again, so it is forgiven step by step
 
-    def _infos(self) -> dict[str, ServerInfo]:
-        return {name: peer.info for name, peer in self.known.items()}
-
     def _check_weights(self) -> None:
         """Servers of one block must hold the same weights. At first nobody knows which are right; later, a server that differs is left out."""
-        if not self._agreed and (clashes := clashes_sentence(self._infos())):
+        if not self._agreed and (clashes := clashes_sentence(self.holders())):
             raise SwarmMismatch(
                 f"servers of model {self.model} hold different weights for {clashes}: stop those with the wrong checkpoint, or connect to a swarm "
                 "without them; swarmtune doctor --peer ADDRESS lists who holds what"
@@ -222,7 +227,7 @@ class Directory:
 
     def _tell_classes(self) -> None:
         """Say once that failover between these servers can change the last digits, and why."""
-        infos = self._infos()
+        infos = self.holders()
         count = len({info.numeric_class for info in infos.values()})
         if self._mode is None or count < 2 or self._told_classes:
             return

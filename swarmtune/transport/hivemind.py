@@ -146,9 +146,14 @@ class HivemindNode:
 
     async def count_peers(self) -> int | None:
         """Peers that the daemon is connected to; ``None`` where it does not answer."""
+        connected = await self.connected()
+        return None if connected is None else len(connected)
+
+    async def connected(self) -> set[str] | None:
+        """The peers that the daemon is connected to; ``None`` where it does not answer."""
         try:
             async with asyncio.timeout(DAEMON_TIMEOUT_S):
-                return len(await self.p2p.list_peers())
+                return {peer.peer_id.to_base58() for peer in await self.p2p.list_peers()}
         except (TimeoutError, TransportError, *_FOREIGN):
             return None
 

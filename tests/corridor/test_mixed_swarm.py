@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 
 from servers.handler import CallHandler
 from swarmtune.errors import BlocksUnserved, SwarmMismatch
+from swarmtune.swarm import Swarm
 from tests.harness import batch, loopback, lora, make_handler, remote, save_tiny, step
 
 
@@ -41,6 +45,51 @@ def test_other_weights_under_one_configuration_name_both_groups_and_their_blocks
     assert "swarmtune doctor --peer ADDRESS" in str(caught.value)
 
 
+@pytest.mark.parametrize("altered", ["0:2", "2:4"])
+def test_a_half_from_another_checkpoint_than_the_clients_is_refused(bloom: Path, tmp_path: Path, altered: str) -> None:
+    other = save_tiny("bloom", tmp_path / "other", seed=1)
+    handlers = {f"p{span}": make_handler(other if span == altered else bloom, span) for span in ("0:2", "2:4")}
+    with loopback(bloom, handlers=handlers) as swarm:
+        with pytest.raises(SwarmMismatch) as caught:
+            remote(bloom, swarm)
+    sentence = str(caught.value)
+    assert f"the weights of block {altered[0]} on server of {altered} (p{altered}) are not those of {bloom} " in sentence
+    assert "give the checkpoint that the servers hold, or start them with this one" in sentence
+
+
+def test_one_altered_block_within_the_budget_is_found(bloom: Path, tmp_path: Path) -> None:
+    other = make_handler(save_tiny("bloom", tmp_path / "other", seed=1), "3:4")
+    handlers = {"a": make_handler(bloom, "0:4")}
+    digests = (*handlers["a"].info.block_digests[:3], *other.info.block_digests)
+    handlers["a"]._info = replace(handlers["a"].info, block_digests=digests)
+    with loopback(bloom, handlers=handlers) as swarm, pytest.raises(SwarmMismatch, match="the weights of block 3 on"):
+        remote(bloom, swarm)
+
+
+def test_one_block_of_every_span_is_compared_beyond_the_budget(
+    bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("swarmtune.own_weights.READ_BYTES", 0)
+    with caplog.at_level(logging.INFO, "swarmtune"), loopback(bloom) as swarm:
+        remote(bloom, swarm)
+        other = save_tiny("bloom", tmp_path / "other", seed=1)
+        with pytest.raises(SwarmMismatch):
+            remote(other, swarm)
+    assert "2 of 4 blocks on the servers were compared with" in caplog.text
+
+
+def test_a_client_without_the_body_on_its_disk_goes_on(bloom: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ends = tmp_path / "ends"
+    shutil.copytree(bloom, ends)
+    shards = json.loads((bloom / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = {shard for name, shard in shards.items() if ".h." not in name}
+    for shard in set(shards.values()) - kept:
+        (ends / shard).unlink()
+    with caplog.at_level(logging.INFO, "swarmtune"), loopback(bloom) as swarm:
+        assert torch.isfinite(remote(ends, swarm)(**batch()).loss)
+    assert "are not on this disk or too much to read" in caplog.text
+
+
 def test_two_numeric_classes_go_on_with_one_warning_that_names_what_differs(bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
     handlers = {
         "a": in_class(make_handler(bloom, "0:2"), "one", threads="1", torch="2.13.0"),
@@ -65,9 +114,29 @@ def test_one_numeric_class_is_no_warning(bloom: Path, caplog: pytest.LogCaptureF
 
 def test_servers_of_two_dtypes_on_the_route_are_refused_by_name(bloom: Path) -> None:
     handlers = {"a": make_handler(bloom, "0:2"), "b": make_handler(bloom, "2:4", torch.bfloat16)}
-    with loopback(bloom, handlers=handlers) as swarm:
+    with loopback(bloom, handlers=handlers, patience_s=0.7) as swarm:
         with pytest.raises(SwarmMismatch, match=r"server of 0:2 \(a\) in float32; server of 2:4 \(b\) in bfloat16"):
             remote(bloom, swarm)
+
+
+def test_a_first_route_of_two_modes_is_waited_out(bloom: Path) -> None:
+    """A client that hears of the servers one after the other has not seen the whole swarm yet."""
+    handlers = {"a": make_handler(bloom, "0:2"), "b": make_handler(bloom, "2:4", torch.bfloat16)}
+    with loopback(bloom, handlers=handlers, patience_s=30.0) as swarm:
+        late = make_handler(bloom, "2:4")
+        swarm.loop.run(_later(swarm, "c", late))
+        assert torch.isfinite(remote(bloom, swarm)(**batch()).loss)
+        assert swarm.fingerprint()["mode"] == ["float32"]
+
+
+async def _later(swarm: Swarm, name: str, handler: CallHandler) -> None:
+    asyncio.get_running_loop().call_later(0.5, swarm._transport.handlers.__setitem__, name, handler)  # type: ignore[attr-defined]
+
+
+def test_the_mode_of_a_quantised_swarm_is_in_the_fingerprint(bloom: Path) -> None:
+    with loopback(bloom, quantise="int8") as swarm:
+        remote(bloom, swarm)
+        assert swarm.fingerprint()["mode"] == ["float32 over int8 weights"]
 
 
 def test_a_server_with_other_weights_that_stays_is_told_of_once_and_named_in_the_error(

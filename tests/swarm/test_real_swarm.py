@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +104,21 @@ def test_one_unreachable_initial_peer_among_reachable_ones_is_no_obstacle(bloom:
     absent = f"{gone}/12D3KooWMEUhm3PfKTu7SMn27jjfqRMZDvWXWLvtJoGAokbb25mF"
     with swarmtune.connect([absent, *alive.initial_peers]) as swarm:
         assert torch.isfinite(remote(bloom, swarm)(**batch()).loss)
+
+
+def test_an_initial_peer_that_never_speaks_holds_nobody_up(bloom: Path, alive: swarmtune.LocalSwarm, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.WARNING, "swarmtune"):
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/12D3KooWMEUhm3PfKTu7SMn27jjfqRMZDvWXWLvtJoGAokbb25mF"
+        with swarmtune.connect([address, *alive.initial_peers], patience_s=5.0) as swarm:
+            assert torch.isfinite(remote(bloom, swarm)(**batch()).loss)
+            (opened,) = swarm._models.values()
+            began = time.monotonic()
+            swarm.loop.run(opened.directory.refresh())
+            assert time.monotonic() - began < 3
+            deadline = time.monotonic() + 20
+            while not caplog.records and time.monotonic() < deadline:
+                time.sleep(0.1)
+    assert [record.getMessage() for record in caplog.records if "an initial peer is left out" in record.getMessage()]
 
 
 def test_unreachable_peers_are_named_within_the_patience() -> None:
