@@ -61,7 +61,7 @@ def test_a_file_with_something_else_is_one_sentence_and_stays_as_it_is(data: byt
 
 @pytest.mark.parametrize("name", ["missing/key", "."])
 def test_a_file_that_cannot_be_made_or_read_is_one_sentence(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read or made|is no regular file"), hold_identity(tmp_path / name):
+    with pytest.raises(UsageError, match=r"cannot be read or made|is no regular file"), hold_identity(tmp_path / name):
         pass
 
 
