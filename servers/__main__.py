@@ -42,6 +42,9 @@ PORT_WAIT_S = 10.0
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop; returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # open as long as this process
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for GPU kernels that this machine need not have

@@ -97,7 +97,7 @@ def _dispatch(words: list[str], started: float) -> int:
         print(f"swarmtune {swarmtune.__version__}")
         return 0
     if words[0] == "serve":
-        sys.stdout.flush()
+        print(end="", flush=True)  # nothing, where standard output is closed
         os.execv(sys.executable, [sys.executable, "-P", "-m", "servers", *words[1:]])
     if words[0] not in (*VERBS, COMPLETE) and {"-h", "--help"} & set(words):
         print(help_text(), end="")

@@ -135,7 +135,7 @@ def fill(
         observe: called with each name in ``module`` and its tensor as stored.
 
     Raises:
-        ModelUnsupported: a tensor is missing or has another shape.
+        ModelUnsupported: a tensor is missing, has another shape, or holds a weight that is not finite in ``dtype``.
     """
     names_of: dict[str, list[str]] = {}
     for name, full_name in stored_names.items():
@@ -160,11 +160,16 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, key: str, dtype: torch
         raise ModelUnsupported(f"the checkpoint's {key} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(expected.shape)}")
     value = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
     if isinstance(expected, nn.Parameter):
+        if not _all_finite(value):
+            raise ModelUnsupported(
+                f"the checkpoint's {key} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}: it is damaged, or needs another dtype"
+            )
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
     else:
         owner.register_buffer(leaf, value)
 
 
+<<<<<<< HEAD
 def block_names(layer: nn.Module, prefix: str, block: int) -> dict[str, str]:
     """The stored tensors of a block: name within the block to the full name in the library's model."""
     return {name: f"{prefix}{block}.{name}" for name in layer.state_dict()}
@@ -189,6 +194,11 @@ def stored_digest(names: Mapping[str, str], checkpoint: Checkpoint, base_prefix:
         read_bytes += tensor.nbytes
         digests.update(dict.fromkeys(names_of[key], tensor_digest(tensor)))
     return block_digest(digests), read_bytes
+=======
+def _all_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite: the extremes tell, in a pass much shorter than that of a digest."""
+    return not value.is_floating_point() or not value.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
+>>>>>>> fixserve
 
 
 def tensor_digest(tensor: Tensor) -> bytes:

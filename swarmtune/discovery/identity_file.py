@@ -28,6 +28,8 @@ def ensure_identity(path: str | os.PathLike[str]) -> Identity:
     try:
         if not file.exists():
             _make(file)
+        elif not file.is_file():  # reading a pipe would wait for its writer
+            raise UsageError(f"the identity file {file} is no regular file: name another one, or one that does not exist yet")
         with file.open("rb") as source:
             data = source.read(KEY_BYTES + 1)
         if file.stat().st_mode & 0o077:

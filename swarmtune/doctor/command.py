@@ -63,11 +63,18 @@ def main(words: Sequence[str]) -> int:
 
     report = Report(tuple(checks), tuple(servers), time.monotonic() - began)
     if options.json:
-        json.dump(report.to_json(), sys.stdout, indent=2)
-        print()
+        _print_json(report.to_json())
     else:
         show(report)
     return int(report.failed)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    """Print for programs; one that has read enough, such as ``head``, is no error."""
+    try:
+        print(json.dumps(values, indent=2), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when the process ends
 
 
 def parser() -> argparse.ArgumentParser:

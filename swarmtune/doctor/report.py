@@ -85,7 +85,7 @@ def _server_table(servers: Sequence[Server]) -> Table:
         info = server.info
         quantisation = info.numeric.get("quantisation", "none")
         cells = (
-            f"{info.name} {short(server.peer)}".strip(),
+            f"{info.name} {short(server.peer)}".strip() + (f" ({info.family})" if info.family else ""),
             server.address,
             f"{info.span} of {info.num_blocks}",
             info.model[:8],
@@ -99,6 +99,7 @@ def _server_table(servers: Sequence[Server]) -> Table:
         )
         table.add_row(*(Text(printable(cell)) for cell in cells))
     table.caption = (
+        "server: its name, peer and (family). "
         "says tok/s: tokens times blocks per second, the server's own word. up, down: at least this much; up includes the round trip, down also "
         "sending as much and computing one block (measured with --model only)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 import subprocess
@@ -308,3 +309,19 @@ def test_the_command_prints_json_with_exit_code_1_when_something_failed(bloom: P
     assert {check["name"] for check in printed["checks"] if check["status"] == "failed"} == {"peer", "servers"}
     assert any("bloom, 4 blocks of width 48" in check["found"] for check in printed["checks"])
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    probe = "from swarmtune.doctor.command import _print_json; _print_json({'a': 1})"
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", probe], stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_table_of_servers_names_their_owner(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show(report.Report((), (server("0:2", PEER, name="one", family="lab 3"), server("2:4", PEER, name="two")), 1.0))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(lab 3)" in words
+    assert words.count("(lab 3)") == 1

@@ -61,7 +61,7 @@ def test_a_file_with_something_else_is_one_sentence_and_stays_as_it_is(data: byt
 
 @pytest.mark.parametrize("name", ["missing/key", "."])
 def test_a_file_that_cannot_be_made_or_read_is_one_sentence(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read or made"), hold_identity(tmp_path / name):
+    with pytest.raises(UsageError, match=r"cannot be read or made|is no regular file"), hold_identity(tmp_path / name):
         pass
 
 
@@ -88,3 +88,9 @@ def test_a_held_file_names_its_holder_and_is_free_again_after_sigkill(tmp_path: 
     with hold_identity(tmp_path / "key") as identity:
         assert identity.peer_id == ensure_identity(tmp_path / "key").peer_id
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "link"]
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is no regular file"):
+        ensure_identity(tmp_path / "pipe")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +19,7 @@ from swarmtune.discovery.identity import Identity
 from swarmtune.discovery.records import joinable
 from swarmtune.errors import UsageError
 
+ROOT = Path(__file__).parents[2]
 PEER = Identity.generate().peer_id
 ADDRESS = f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"
 
@@ -152,3 +157,11 @@ def test_loading_says_how_fast_and_how_far(caplog: pytest.LogCaptureFixture) -> 
     assert line.startswith("loaded block 3 of 3, ")
     assert line.endswith("blocks/s, 0 s left")
     assert end.startswith("blocks 0:3 loaded in ")
+
+
+def test_closed_output_is_no_error_of_its_own() -> None:
+    command = f"exec {sys.executable} -P -m servers model=/no/such blocks=0:4 >&-"
+    done = subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("swarmtune serve: model: no such directory: /no/such")
+    assert done.stderr.count("\n") == 1

@@ -18,7 +18,7 @@ from swarmtune import model as client
 from swarmtune.errors import ModelUnsupported, UsageError
 from swarmtune.skeleton import check_identity, load_config
 from swarmtune.types import BlockSpan
-from swarmtune.weights import INDEX, SINGLE, Checkpoint
+from swarmtune.weights import INDEX, SINGLE, Checkpoint, _all_finite
 
 
 @pytest.fixture
@@ -186,6 +186,14 @@ def _misshapen(path: Path) -> None:
     _rewrite(path, NAME, lambda value: value[:-1])
 
 
+def _with(number: float) -> Callable[[Path], None]:
+    def change(value: torch.Tensor) -> torch.Tensor:
+        value[17, 5] = number
+        return value
+
+    return lambda path: _rewrite(path, NAME, change)
+
+
 def _index(text: str) -> Callable[[Path], None]:
     return lambda path: (path / INDEX).write_text(text) and None
 
@@ -209,6 +217,8 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor that the index lacks": (_unlisted, f"has no tensor {NAME}"),
     "a tensor that its shard lacks": (_unstored, "is not a whole safetensors file"),
     "a tensor of another shape": (_misshapen, r"has shape \(191, 48\), the configuration asks for \(192, 48\)"),
+    "a weight that is NaN": (_with(float("nan")), f"{NAME.removeprefix('transformer.')} holds NaN or infinity in float32"),
+    "a weight that is infinite": (_with(float("-inf")), f"{NAME.removeprefix('transformer.')} holds NaN or infinity in float32"),
     "an index that is no JSON": (_index("{"), "is not an index of safetensors shards"),
     "an index without a map": (_index("{}"), "is not an index of safetensors shards"),
     "an index that is a list": (_index("[]"), "is not an index of safetensors shards"),
@@ -226,6 +236,25 @@ def test_a_defective_checkpoint_is_refused_in_one_sentence(copied: Path, defect:
     with pytest.raises(ModelUnsupported, match=sentence) as caught:
         blocks_of(copied)
     assert "\n" not in str(caught.value)
+
+
+def test_a_weight_that_the_served_type_cannot_hold_is_refused(copied: Path) -> None:
+    _with(1e6)(copied)
+    blocks_of(copied)
+    with pytest.raises(ModelUnsupported, match="holds NaN or infinity in float16"):
+        blocks_of(copied, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(dtype: torch.dtype) -> None:
+    largest = torch.full((3, 37), torch.finfo(dtype).max, dtype=dtype)
+    assert _all_finite(largest)
+    assert _all_finite(torch.zeros(0, dtype=dtype))
+    for place in range(largest.numel()):
+        for number in (float("nan"), float("inf"), -float("inf")):
+            value = torch.zeros_like(largest)
+            value.view(-1)[place] = number
+            assert not _all_finite(value)
 
 
 def test_a_shard_name_that_leads_out_of_the_model_is_not_followed(copied: Path) -> None:
