@@ -169,7 +169,6 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, key: str, dtype: torch
         owner.register_buffer(leaf, value)
 
 
-<<<<<<< HEAD
 def block_names(layer: nn.Module, prefix: str, block: int) -> dict[str, str]:
     """The stored tensors of a block: name within the block to the full name in the library's model."""
     return {name: f"{prefix}{block}.{name}" for name in layer.state_dict()}
@@ -194,11 +193,11 @@ def stored_digest(names: Mapping[str, str], checkpoint: Checkpoint, base_prefix:
         read_bytes += tensor.nbytes
         digests.update(dict.fromkeys(names_of[key], tensor_digest(tensor)))
     return block_digest(digests), read_bytes
-=======
+
+
 def _all_finite(value: Tensor) -> bool:
     """Whether no element is NaN or infinite: the extremes tell, in a pass much shorter than that of a digest."""
     return not value.is_floating_point() or not value.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
->>>>>>> fixserve
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
