@@ -23,7 +23,7 @@ from swarmtune.conversion import nearest, to_schema
 from swarmtune.errors import UsageError
 from swarmtune.files import write_text
 from swarmtune.own_recipe import ENDINGS, OwnRecipe
-from swarmtune.schema import Config
+from swarmtune.schema import LOCAL_ONLY, Config, SwarmKind
 
 T = TypeVar("T")
 
@@ -390,10 +390,13 @@ def to_plain(value: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """A config as YAML."""
+    """A config as YAML, without what says nothing about a run: keys of servers that it does not start."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+    plain = to_plain(config)
+    if isinstance(config, Config) and config.swarm.kind is SwarmKind.JOIN:
+        plain["swarm"] = {key: value for key, value in plain["swarm"].items() if key not in (*LOCAL_ONLY, "spans")}
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def save_yaml(config: Any, path: Path) -> None:

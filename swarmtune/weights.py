@@ -107,7 +107,7 @@ class Checkpoint:
         found = cached_file(
             self._model,
             name,
-            local_files_only=not download or None,
+            local_files_only=not download,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

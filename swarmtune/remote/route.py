@@ -122,7 +122,7 @@ class Directory:
         self._tell_classes()
 
     def route(self, start: int, stop: int, tokens: int = 0) -> list[Hop]:
-        """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible.
+        """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible, else within one mode.
 
         Raises:
             BlocksUnserved: nobody usable holds some of them.
@@ -143,10 +143,13 @@ class Directory:
             if hops is not None:
                 self._prefer(numeric_class)
                 return hops
-        hops = _cheapest(candidates, start, stop, tokens)
-        if hops is not None:
-            self._prefer(MIXED)
-        return hops
+        modes = sorted({(peer.info.quantisation != "none", peer.info.mode) for peer in candidates})
+        for among in (*([peer for peer in candidates if peer.info.mode == mode] for _, mode in modes), candidates):
+            hops = _cheapest(among, start, stop, tokens)
+            if hops is not None:
+                self._prefer(MIXED)
+                return hops
+        return None
 
     def succeeded(self, hop: Hop, seconds: float, tokens: int) -> None:
         """Remember how long a call took; the peer is trusted again."""

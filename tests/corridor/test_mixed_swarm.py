@@ -119,6 +119,18 @@ def test_servers_of_two_dtypes_on_the_route_are_refused_by_name(bloom: Path) -> 
             remote(bloom, swarm)
 
 
+def test_a_route_of_one_mode_and_two_classes_is_taken_before_one_of_two_modes(bloom: Path) -> None:
+    handlers = {
+        "b": in_class(make_handler(bloom, "0:1"), "one", threads="1"),
+        "c": in_class(make_handler(bloom, "1:3"), "one", threads="1"),
+        "d": in_class(make_handler(bloom, "2:4"), "two", threads="2"),
+        "a": make_handler(bloom, "0:3", torch.bfloat16),
+    }
+    with loopback(bloom, handlers=handlers, patience_s=0.7) as swarm:
+        remote(bloom, swarm)
+        assert swarm.fingerprint()["mode"] == ["float32"]
+
+
 def test_a_first_route_of_two_modes_is_waited_out(bloom: Path) -> None:
     """A client that hears of the servers one after the other has not seen the whole swarm yet."""
     handlers = {"a": make_handler(bloom, "0:2"), "b": make_handler(bloom, "2:4", torch.bfloat16)}

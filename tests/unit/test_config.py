@@ -6,7 +6,7 @@ import yaml
 
 import conf
 from swarmtune import schema
-from swarmtune.config import compose, load_config, options, resolve_path, save_yaml, to_plain
+from swarmtune.config import compose, load_config, load_saved, options, resolve_path, save_yaml, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.schema import Config, Dtype, Quantize
 from swarmtune.train.library_keys import check_trainer_flags, peft_config, trainer_flags
@@ -187,6 +187,17 @@ def test_a_saved_config_holds_what_was_resolved(tmp_path: Path) -> None:
     found = load_config([RECIPE, "swarm.spans=[0:3,3:6]"])
     save_yaml(found, tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == to_plain(found)
+
+
+def test_the_saved_config_of_a_joined_run_does_not_claim_what_its_servers_compute_in(tmp_path: Path) -> None:
+    found = load_config([RECIPE, "swarm=join", "swarm.initial_peers=[/ip4/127.0.0.1/tcp/1/p2p/x]"])
+    save_yaml(found, tmp_path / "config.yaml")
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())["swarm"]
+    assert not kept.keys() & {"dtype", "quantize", "servers", "spans", "threads"}
+    assert kept["kind"] == "join"
+    assert load_saved(tmp_path / "config.yaml") == found
+    changed = load_saved(tmp_path / "config.yaml", ["swarm.kind=local", "swarm.initial_peers=[]", "swarm.servers=3"])
+    assert changed.swarm.servers == 3
 
 
 def test_an_unquoted_span_in_yaml_is_not_taken_for_text() -> None:
