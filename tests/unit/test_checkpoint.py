@@ -107,10 +107,10 @@ def test_random_generators_go_on_where_they_were() -> None:
 
 
 def test_other_data_or_weights_are_refused_and_another_numeric_class_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    saved = {"data": "a", "weights": ["w"], "numeric": ["n"]}
+    saved = {"data": "a", "weights": ["w"], "numeric": ["n"], "mode": ["float32"]}
     check_facts(saved, saved)
     assert not caplog.records
-    for key, noun in (("data", "training data"), ("weights", "servers' weights")):
+    for key, noun in (("data", "training data"), ("weights", "servers' weights"), ("mode", "precision of the servers")):
         with pytest.raises(UsageError, match=noun):
             check_facts(saved, saved | {key: "other"})
     check_facts(saved, saved | {"numeric": ["m"]})
