@@ -171,9 +171,10 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compare what a checkpoint was made with and what is there now.
 
     Raises:
-        UsageError: the data, the model or its weights changed.
+        UsageError: the recipe, the data, the model, its weights or their precision changed.
     """
     names = {
+        "mode": "the precision of the servers is",
         "recipe": "the recipe's code is",
         "data": "the training data are",
         "model": "the model's configuration is",
