@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="swarmtune-tests-")  # what tests prepare is not left in the user's cache
+_CACHE = tempfile.TemporaryDirectory(prefix="tests-of-swarmtune-")  # what tests prepare is not left in the user's cache, nor here
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import pytest
 
