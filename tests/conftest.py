@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-_CACHE = tempfile.TemporaryDirectory(prefix="tests-of-swarmtune-")  # what tests prepare is not left in the user's cache, nor here
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tests-of-swarmtune-")  # what tests prepare is not left in the user's cache
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; the children of tests must hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

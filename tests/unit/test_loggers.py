@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,22 @@ def log_records(path: Path) -> Iterator[bytes]:
 
 
 def records(run_dir: Path) -> list[dict]:
-    """Every record of the offline W&B runs of a directory, oldest first, as plain values."""
+    """Every record of the offline W&B runs of a directory, oldest first, as plain values; W&B's own process may still be writing them."""
+    from google.protobuf.message import DecodeError
+
+    ends_at = time.monotonic() + 20
+    while True:
+        try:
+            found = read_records(run_dir)
+            if sum("exit" in record for record in found) == len(list((run_dir / "wandb").glob("offline-run-*"))):
+                return found
+        except DecodeError:
+            pass
+        assert time.monotonic() < ends_at, "the W&B run was not finished"
+        time.sleep(0.2)
+
+
+def read_records(run_dir: Path) -> list[dict]:
     from google.protobuf.json_format import MessageToDict
     from wandb.proto import wandb_internal_pb2
 
