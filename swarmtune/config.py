@@ -15,11 +15,11 @@ import importlib.resources
 import itertools
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swarmtune.conversion import nearest, to_schema
+from swarmtune.conversion import flat_keys, nearest, to_schema
 from swarmtune.errors import UsageError
 from swarmtune.files import write_text
 from swarmtune.own_recipe import ENDINGS, OwnRecipe
@@ -148,16 +148,8 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Full keys of the values in which two configurations differ."""
-    flat = [dict(_flat(to_plain(config))) for config in (one, other)]
+    flat = [dict(flat_keys(to_plain(config))) for config in (one, other)]
     return sorted(key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 OWN_OPTION = "own_file"

@@ -40,6 +40,15 @@ def to_schema(schema: type[T], node: Any, texts: Sequence[tuple[str, str]] = ())
     return typing.cast(T, _convert(schema, node, ""))
 
 
+def flat_keys(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full key and value of everything in nested groups; an empty group is a value."""
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """``; did you mean ...?`` for the nearest of ``known``, or nothing where none is near."""
     found = difflib.get_close_matches(word, known, 1, 0.6)

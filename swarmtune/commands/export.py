@@ -325,8 +325,10 @@ def _merge(adapter_dir: Path, model: str, target: Path, dtype: str) -> tuple[flo
         raise UsageError(f"export: the tokenizer of {model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     try:
         tokenizer.save_pretrained(target)
-    except Exception as error:  # the tokenizers library raises nothing more special on a full disk
-        raise OSError(str(error)) from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # a bare Exception is what the tokenizers library raises on a full disk
     return change, rounding, "with its tokenizer"
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swarmtune.conversion import flat_keys
 from swarmtune.errors import UsageError
 
 METRICS, CONFIG, SUMMARY = "metrics.csv", "config.yaml", "summary.json"
@@ -341,15 +342,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold the keys of a configuration, got {str(values)[:80]!r}")
-    return dict(_flatten(values))
-
-
-def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return dict(flat_keys(values))
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

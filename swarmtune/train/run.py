@@ -194,7 +194,9 @@ class Run:
 
         path, metrics = self.run_dir / "loss.png", self.run_dir / METRICS
         train = [(step + 1, loss) for step, loss in read_curve(metrics, "train_loss")]
-        draw_loss_curve(path, train, self.meter.val_losses, f"{self.config.title} on {Path(resolve_path(self.config.model.path)).name}")
+        # A validation after the last saved step of a run that was broken off stands in the file alone.
+        held_out = {step + 1: loss for step, loss in read_curve(metrics, "val_loss") if step > 0} | dict(self.meter.val_losses)
+        draw_loss_curve(path, train, sorted(held_out.items()), f"{self.config.title} on {Path(resolve_path(self.config.model.path)).name}")
         return str(path)
 
 
