@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from servers.executor import Busy, Executor, Expired
 from servers.span import Span
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Encoded, Incoming
+from swarmtune.wire.initial import InitialCall
 from swarmtune.wire.messages import CallKind, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
@@ -69,14 +71,17 @@ class CallHandler:
     async def _dispatch(self, message: Message) -> Message:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
-        if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD):
+        if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD, CallKind.INITIAL):
             return Fault(FaultCode.UNSUPPORTED, f"this server knows no call {message.kind[:40]!r}").to_message()
         if self.draining:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
-        call = SpanCall.from_message(message)
+        call = InitialCall.from_message(message) if message.kind == CallKind.INITIAL else SpanCall.from_message(message)
         if call.model != self._info.model or not self._info.span.covers(call.span):
             held = f"this server holds blocks {self._info.span} of model {self._info.model}"
             return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
+        if isinstance(call, InitialCall):
+            values = await self._executor.submit(partial(self._span.initial, call), priority=FORWARD_PRIORITY, timeout_s=call.remaining_ms / 1000)
+            return values.to_message()
         batch, sequence = call.hidden_BTH.shape[:2]
         if sequence > self._max_sequence or batch * sequence > self._max_tokens:
             raise WireError(

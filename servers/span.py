@@ -7,53 +7,56 @@ all other programs, and the client's tensors take the place of its learnable one
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig
 
+from servers.dropout import DropoutPlan, active
+from servers.program import Program, Programs
 from servers.weights import BlockWeights
-from swarmtune.adapters.tuners import check_over_quantised, injected_skeleton, wire_name
 from swarmtune.errors import KwargError, NonFinite
-from swarmtune.skeleton import LayerSite, build_skeleton, call_span, hidden_size, init_buffers, truncate
+from swarmtune.skeleton import LayerSite, call_span, hidden_size
 from swarmtune.types import BlockSpan
-from swarmtune.wire.messages import AdapterSpec, CallKwarg, SpanCall, SpanResult
+from swarmtune.wire.initial import InitialCall, InitialResult
+from swarmtune.wire.messages import CallKwarg, SpanCall, SpanResult
 
-MAX_PROGRAMS = 16
-LIBRARY_ARGUMENTS = ("attention_mask", "position_ids")
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A runnable span.
-
-    Attributes:
-        parent: the module that loops over the layers.
-        layers: its layers, one per block of the span.
-        tuner: per block, the name as it travels to the name in ``parent``, for each tensor of the injected tuner.
-        frozen: per block, the name within the block to the name in ``parent``, for each frozen parameter that is not quantised.
-    """
-
-    parent: nn.Module
-    layers: nn.ModuleList
-    tuner: Mapping[int, Mapping[str, str]]
-    frozen: Mapping[int, Mapping[str, str]]
+NOT_ARGUMENTS = frozenset(
+    (
+        *("self", "args", "kwargs", "input_ids", "inputs_embeds", "past_key_values", "use_cache", "cache_position", "return_dict", "labels"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"),
+    )
+)
+"""Parameters of the library's forward that are no kwargs of a call: the input itself, caches, and what is to be returned."""
+ROW_ARGUMENTS = ("attention_mask", "position_ids")
+"""Arguments of shape (batch, sequence)."""
+PREFIX = ("prefix.key", "prefix.value")
 
 
 @dataclass(slots=True)
 class Bound:
-    """A call's tensors, sorted by what they do."""
+    """A call's tensors, sorted by what they do.
 
-    replacements: dict[str, Tensor]
-    arguments: dict[str, Tensor]
-    prompts: dict[int, Tensor]
-    leaves: list[tuple[int, Tensor]]
+    Attributes:
+        replacements: by name in the program.
+        arguments: of the library's forward.
+        prompts: by block.
+        prefixes: keys and values by block.
+        leaves: index of the kwarg, its block, and what its gradient is taken by.
+        given: block and name of everything that a block got.
+    """
+
+    replacements: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict[str, Tensor] = field(default_factory=dict)
+    prompts: dict[int, Tensor] = field(default_factory=dict)
+    prefixes: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    leaves: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    given: set[tuple[int, str]] = field(default_factory=set)
 
 
 class Span:
@@ -64,7 +67,7 @@ class Span:
     ) -> None:
         self.config, self.site, self.span, self.weights = config, site, span, weights
         self.dtype, self.device = dtype, device
-        self._programs: OrderedDict[tuple[BlockSpan, str], Program] = OrderedDict()
+        self.programs = Programs(config, site, weights, dtype, device)
 
     def forward(self, call: SpanCall) -> SpanResult:
         """Run the called blocks without a graph.
@@ -76,7 +79,7 @@ class Span:
         program = self._program(call)
         bound = self._bind(program, call)
         with torch.no_grad():
-            output_BTH = self._run(program, bound, call.hidden_BTH.to(self.device, self.dtype))
+            output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype))
             if not _finite(output_BTH, bound.arguments.get("attention_mask")):
                 self._blame(program, bound, call)
         return SpanResult(output_BTH.to("cpu", call.hidden_BTH.dtype))
@@ -93,11 +96,11 @@ class Span:
         program = self._program(call)
         bound = self._bind(program, call)
         hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
-        wanted = [leaf for _, leaf in bound.leaves] + ([hidden_BTH] if call.input_grad else [])
+        wanted = [leaf for _, _, leaf in bound.leaves] + ([hidden_BTH] if call.input_grad else [])
         if not wanted:
             return SpanResult(None)
         with torch.enable_grad():
-            output_BTH = self._run(program, bound, hidden_BTH)
+            output_BTH = self._run(program, bound, call, hidden_BTH)
         if output_BTH.requires_grad:
             grads: tuple[Tensor | None, ...] = torch.autograd.grad(output_BTH, wanted, call.grad_BTH.to(self.device, self.dtype), allow_unused=True)
         else:
@@ -106,116 +109,150 @@ class Span:
         input_grad = filled.pop().to("cpu", call.hidden_BTH.dtype) if call.input_grad else None
         return SpanResult(input_grad, _by_kwarg(call, bound, filled))
 
+    def initial(self, call: InitialCall) -> InitialResult:
+        """First values that depend on the weights of these blocks.
+
+        Raises:
+            KwargError: there is no such value.
+        """
+        assert self.span.covers(call.span), "the handler has checked the span"
+        return InitialResult(tuple(self.programs.initial(call.span, call.names, call.adapter, call.rng)))
+
     def _program(self, call: SpanCall) -> Program:
         assert self.span.covers(call.span), "the handler has checked the span"
         if call.hidden_BTH.shape[-1] != hidden_size(self.config):
             raise KwargError(f"hidden states have width {call.hidden_BTH.shape[-1]}, this model's have {hidden_size(self.config)}")
-        key = (call.span, call.adapter.digest if call.adapter else "")
-        program = self._programs.get(key)
-        if program is None:
-            program = self._programs[key] = self._build(call.span, call.adapter)
-            while len(self._programs) > MAX_PROGRAMS:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return program
-
-    def _build(self, span: BlockSpan, adapter: AdapterSpec | None) -> Program:
-        if adapter is not None:
-            check_over_quantised(str(adapter.config.get("peft_type")), self.weights.quantisation, str(self.dtype).removeprefix("torch."))
-            model: PreTrainedModel = injected_skeleton(self.config, adapter, lambda model: self.weights.prepare(model, self.site))
-        else:
-            self.weights.prepare(model := build_skeleton(self.config), self.site)
-        parent = truncate(model, self.site, span.start, span.stop)
-        layers = getattr(parent, self.site.attribute)
-        tuner: dict[int, dict[str, str]] = {}
-        frozen: dict[int, dict[str, str]] = {}
-        for position, layer in enumerate(layers):
-            block = span.start + position
-            self.weights.lend(block, layer)
-            tuner[block], frozen[block] = _share(layer, self.weights.blocks[block], f"{self.site.attribute}.{position}.")
-        init_buffers(parent, model, self.device)
-        return Program(parent.eval(), layers, tuner, frozen)
+        return self.programs.get(call.span, call.adapter)
 
     def _bind(self, program: Program, call: SpanCall) -> Bound:
-        """Sort the kwargs into parameters, library arguments and prompts; every tensor of the tuner must be there."""
-        bound = Bound({}, {}, {}, [])
+        """Sort the kwargs into parameters, library arguments, prompts and prefixes; every tensor of the tuner must be there."""
+        bound = Bound()
         for index, kwarg in enumerate(call.kwargs):
             if not call.span.covers(kwarg.blocks):
                 raise KwargError(f"kwarg {kwarg.name} is for blocks {kwarg.blocks}, the call is for {call.span}")
-            if kwarg.name in LIBRARY_ARGUMENTS:
-                self._bind_argument(program, call, kwarg, bound)
+            if "." not in kwarg.name and kwarg.name != "prompt":
+                leaf = self._leaf(kwarg)
+                self._bind_argument(program, call, kwarg, leaf, bound)
+                if kwarg.requires_grad:
+                    bound.leaves.append((index, kwarg.blocks.start, leaf))
                 continue
             for block in range(kwarg.blocks.start, kwarg.blocks.stop):
                 leaf = self._leaf(kwarg)
+                if (block, kwarg.name) in bound.given:
+                    raise KwargError(f"{kwarg.name} is given twice for block {block}")
+                bound.given.add((block, kwarg.name))
                 self._bind_block(program, call, kwarg, block, leaf, bound)
                 if kwarg.requires_grad:
-                    bound.leaves.append((index, leaf))
-        for names in program.tuner.values():
-            missing = [name for name, full in names.items() if full not in bound.replacements]
-            if missing:
-                raise KwargError(f"the call brings an adapter configuration but not its tensor {missing[0]}")
+                    bound.leaves.append((index, block, leaf))
+        self._check_complete(program, call, bound)
         return bound
+
+    def _check_complete(self, program: Program, call: SpanCall, bound: Bound) -> None:
+        if call.adapter is not None:
+            for block, names in program.tuner.items():
+                for name, places in names.items():
+                    if places and (block, f"peft.{call.adapter.digest}.{name}") not in bound.given:
+                        raise KwargError(f"the call brings an adapter configuration but not its tensor {name} for block {block}")
+        if bound.prefixes:
+            for block in range(call.span.start, call.span.stop):
+                pair = bound.prefixes.get(block, {})
+                if set(pair) != set(PREFIX) or len({tensor.shape for tensor in pair.values()}) != 1:
+                    raise KwargError(f"block {block} needs prefix.key and prefix.value of one shape, as the other blocks of the call have them")
+            if len({pair[PREFIX[0]].shape[-2] for pair in bound.prefixes.values()}) != 1:
+                raise KwargError("the prefixes of all blocks must have the same number of tokens")
 
     def _leaf(self, kwarg: CallKwarg) -> Tensor:
         tensor = kwarg.tensor.to(self.device)
         return tensor.detach().requires_grad_() if kwarg.requires_grad else tensor
 
-    def _bind_argument(self, program: Program, call: SpanCall, kwarg: CallKwarg, bound: Bound) -> None:
-        if kwarg.name not in inspect.signature(program.parent.forward).parameters:
-            raise KwargError(f"{type(program.parent).__name__} takes no {kwarg.name}")
-        if kwarg.blocks != call.span or kwarg.requires_grad:
-            raise KwargError(f"{kwarg.name} must be for all blocks, and has no gradient")
-        if kwarg.tensor.dim() != 2 or kwarg.tensor.shape[1] != call.hidden_BTH.shape[1] or kwarg.tensor.shape[0] not in (1, call.hidden_BTH.shape[0]):
-            raise KwargError(f"{kwarg.name} must have shape (batch, sequence) = {tuple(call.hidden_BTH.shape[:2])}, got {tuple(kwarg.tensor.shape)}")
+    def _bind_argument(self, program: Program, call: SpanCall, kwarg: CallKwarg, leaf: Tensor, bound: Bound) -> None:
+        taken = inspect.signature(program.parent.forward).parameters
+        if kwarg.name not in taken or kwarg.name in NOT_ARGUMENTS:
+            raise KwargError(
+                f"kwarg {kwarg.name!r:.100} is no argument of {type(program.parent).__name__}, and no parameter, adapter tensor or prompt of a block"
+            )
+        if kwarg.blocks != call.span:
+            raise KwargError(f"{kwarg.name} must be for all blocks")
         if kwarg.name in bound.arguments:
             raise KwargError(f"{kwarg.name} is given twice")
-        bound.arguments[kwarg.name] = kwarg.tensor.to(self.device)
+        if kwarg.name in ROW_ARGUMENTS:
+            rows = kwarg.tensor.shape[0] if kwarg.tensor.dim() else 0
+            if kwarg.tensor.dim() != 2 or kwarg.tensor.shape[1] != call.hidden_BTH.shape[1] or rows not in (1, call.hidden_BTH.shape[0]):
+                raise KwargError(
+                    f"{kwarg.name} must have shape (batch, sequence) = {tuple(call.hidden_BTH.shape[:2])}, got {tuple(kwarg.tensor.shape)}"
+                )
+            if kwarg.requires_grad:
+                raise KwargError(f"{kwarg.name} has no gradient")
+        bound.arguments[kwarg.name] = leaf
 
     def _bind_block(self, program: Program, call: SpanCall, kwarg: CallKwarg, block: int, leaf: Tensor, bound: Bound) -> None:
         if kwarg.name == "prompt":
             _check_prompt(call, kwarg)
-            if block in bound.prompts:
-                raise KwargError(f"prompt is given twice for block {block}")
             bound.prompts[block] = leaf
+            return
+        if kwarg.name in PREFIX:
+            _check_prefix(call, kwarg)
+            bound.prefixes.setdefault(block, {})[kwarg.name] = leaf
             return
         family, _, name = kwarg.name.partition(".")
         if family == "param":
-            full_name = program.frozen[block].get(name)
+            places = self._param_place(program, kwarg, block, name)
         elif family == "peft":
             digest, _, name = name.partition(".")
             if call.adapter is None or call.adapter.digest != digest:
                 raise KwargError(f"kwarg {kwarg.name} belongs to an adapter configuration that the call does not bring")
-            full_name = program.tuner[block].get(name)
+            if name not in program.tuner[block]:
+                raise KwargError(f"block {block} has no parameter {name!r:.200} (kwarg {kwarg.name:.200})")
+            places = program.tuner[block][name]
         else:
-            raise KwargError(f"kwarg {kwarg.name!r:.100} is no argument, parameter, adapter tensor or prompt of a block")
-        if full_name is None and family == "param" and name in dict(self.weights.blocks[block].named_parameters()):
-            raise KwargError(f"block {block} holds {name} in {self.weights.quantisation}, and nothing can stand in for it: use quantize=none")
-        if full_name is None:
-            raise KwargError(f"block {block} has no parameter {name!r:.200} (kwarg {kwarg.name:.200})")
-        if full_name in bound.replacements:
-            raise KwargError(f"{kwarg.name} is given twice for block {block}")
-        expected = program.parent.get_parameter(full_name)
-        if expected.shape != leaf.shape or not leaf.is_floating_point():
-            raise KwargError(f"kwarg {kwarg.name} has shape {tuple(leaf.shape)}, block {block} takes {tuple(expected.shape)}")
-        bound.replacements[full_name] = leaf if family == "peft" else leaf.to(self.dtype)
+            raise KwargError(f"kwarg {kwarg.name!r:.100} is no argument, parameter, adapter tensor, prompt or prefix of block {block}")
+        for place in places:
+            _check_parameter(program, kwarg, block, place, leaf)
+            if place in bound.replacements:
+                raise KwargError(f"{kwarg.name} is given twice for block {block}")
+            bound.replacements[place] = leaf if family == "peft" else leaf.to(self.dtype)
 
-    def _run(self, program: Program, bound: Bound, hidden_BTH: Tensor) -> Tensor:
-        with _prompts(program, bound.prompts, self.span_start(program)):
-            output: Tensor = functional_call(
-                _Caller(program.parent), {f"parent.{name}": tensor for name, tensor in bound.replacements.items()}, (hidden_BTH,), bound.arguments
-            )
+    def _param_place(self, program: Program, kwarg: CallKwarg, block: int, name: str) -> tuple[str, ...]:
+        place = program.frozen[block].get(name)
+        if place is None and name in dict(self.weights.blocks[block].named_parameters()):
+            raise KwargError(f"block {block} holds {name} in {self.weights.quantisation}, and nothing can stand in for it: use quantize=none")
+        if place is None:
+            raise KwargError(f"block {block} has no parameter {name!r:.200} (kwarg {kwarg.name:.200})")
+        return (place,)
+
+    def _run(self, program: Program, bound: Bound, call: SpanCall, hidden_BTH: Tensor) -> Tensor:
+        plan = None if call.dropout is None else DropoutPlan(call.dropout.seed, call.dropout.first_row)
+        arguments: dict[str, Any] = dict(bound.arguments)
+        if bound.prefixes:
+            arguments |= self._prefixed(program, bound, hidden_BTH)
+        replacements = {f"parent.{name}": tensor for name, tensor in bound.replacements.items()}
+        with _prompts(program, bound.prompts), active(program.dropouts, plan):
+            # Tied names are given one by one, because a tuner's shared tensors have several.
+            output: Tensor = functional_call(_Caller(program.parent), replacements, (hidden_BTH,), arguments, tie_weights=False)
         return output
 
-    def span_start(self, program: Program) -> int:
-        """First block of a program."""
-        return min(program.frozen)
+    def _prefixed(self, program: Program, bound: Bound, hidden_BTH: Tensor) -> dict[str, Any]:
+        """A cache that holds the prefixes, and the mask that goes with it."""
+        rows = hidden_BTH.shape[0]
+        pairs = []
+        for _, pair in sorted(bound.prefixes.items()):
+            tensors = (pair[name].to(self.dtype) for name in PREFIX)
+            pairs.append(tuple(tensor if tensor.dim() == 4 else tensor.expand(rows, *tensor.shape) for tensor in tensors))
+        found: dict[str, Any] = {"past_key_values": DynamicCache(pairs)}
+        mask = bound.arguments.get("attention_mask")
+        if mask is not None:
+            found["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], pairs[0][0].shape[2]), mask], dim=1)
+        return found
 
     def _blame(self, program: Program, bound: Bound, call: SpanCall) -> None:
         """Run once more, watching every block, and raise with the first bad one."""
-        start, mask = self.span_start(program), bound.arguments.get("attention_mask")
+        start, mask = program.start, bound.arguments.get("attention_mask")
         hidden_BTH = call.hidden_BTH.to(self.device, self.dtype)
         if not _finite(hidden_BTH, mask):
             raise NonFinite(f"the input of block {start} is not finite", None)
+        for kwarg in call.kwargs:
+            if kwarg.tensor.is_floating_point() and not bool(torch.isfinite(kwarg.tensor).all()):
+                raise NonFinite(f"kwarg {kwarg.name} for blocks {kwarg.blocks} holds NaN or infinity", kwarg.blocks.start)
         bad: list[int] = []
 
         def watch(block: int) -> Callable[..., None]:
@@ -227,7 +264,7 @@ class Span:
 
         hooks = [layer.register_forward_hook(watch(start + position)) for position, layer in enumerate(program.layers)]
         try:
-            self._run(program, bound, hidden_BTH)
+            self._run(program, bound, call, hidden_BTH)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -248,24 +285,40 @@ class _Caller(nn.Module):
         return call_span(self.parent, hidden_BTH, **arguments)
 
 
-def _share(layer: nn.Module, block: nn.Module, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Put the stored tensors of ``block`` into ``layer``; returns the names of the tuner's tensors and of the frozen ones."""
-    tuner, frozen = {}, {}
-    weights = dict(block.named_parameters())
-    for name, _ in list(layer.named_parameters()):
-        plain = name.replace(".base_layer", "")
-        if plain in weights:
-            owner_name, _, leaf = name.rpartition(".")
-            layer.get_submodule(owner_name)._parameters[leaf] = weights[plain]  # type: ignore[assignment]
-            if weights[plain].is_floating_point():  # what is quantised is borrowed with its layer, and means nothing alone
-                frozen[plain] = prefix + name
-        else:
-            tuner[wire_name(name)] = prefix + name
-    for name, buffer in block.named_buffers():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = layer.get_submodule(owner_name)
-        getattr(owner, "base_layer", owner)._buffers[leaf] = buffer
-    return tuner, frozen
+def _check_parameter(program: Program, kwarg: CallKwarg, block: int, place: str, leaf: Tensor) -> None:
+    """What stands in for a tensor of the program must look like it."""
+    owner_name, _, name = place.rpartition(".")
+    owner = program.parent.get_submodule(owner_name)
+    expected = owner._parameters[name] if name in owner._parameters else owner._buffers[name]
+    assert expected is not None, "names of a program come from its tensors"
+    if expected.shape != leaf.shape or expected.is_floating_point() != leaf.is_floating_point():
+        raise KwargError(
+            f"kwarg {kwarg.name} has shape {tuple(leaf.shape)} and type {leaf.dtype}, block {block} takes {tuple(expected.shape)} {expected.dtype}"
+        )
+    if not leaf.is_floating_point():
+        size = _index_range(program.parent, owner_name)
+        if leaf.numel() and (int(leaf.min()) < 0 or int(leaf.max()) >= size):
+            raise KwargError(f"kwarg {kwarg.name} holds indices outside of the {size} that there are")
+
+
+def _index_range(parent: nn.Module, owner_name: str) -> int:
+    """How far indices below a tuner's module may point: into its square matrix where it says how large that is, else into the weights below it."""
+    while owner_name:
+        owner: Any = parent.get_submodule(owner_name)
+        if isinstance(getattr(owner, "size", None), int):
+            return int(owner.size)
+        if hasattr(owner, "base_layer"):
+            return int(owner.base_layer.weight.numel())
+        owner_name = owner_name.rpartition(".")[0]
+    return 0
+
+
+def _check_prefix(call: SpanCall, kwarg: CallKwarg) -> None:
+    batched = kwarg.axes.get("batch") == 0
+    if not kwarg.tensor.is_floating_point() or kwarg.tensor.dim() != 3 + batched or 0 in kwarg.tensor.shape:
+        raise KwargError(
+            f"{kwarg.name} must be floating-point ([batch,] key heads, tokens, head width), got {kwarg.tensor.dtype} {tuple(kwarg.tensor.shape)}"
+        )
 
 
 def _check_prompt(call: SpanCall, kwarg: CallKwarg) -> None:
@@ -283,7 +336,7 @@ def _check_prompt(call: SpanCall, kwarg: CallKwarg) -> None:
 
 
 @contextmanager
-def _prompts(program: Program, prompts: Mapping[int, Tensor], start: int) -> Iterator[None]:
+def _prompts(program: Program, prompts: Mapping[int, Tensor]) -> Iterator[None]:
     """Add each block's prompt to the first positions of its input."""
 
     def adder(prompt: Tensor) -> Callable[..., Any]:
@@ -294,7 +347,7 @@ def _prompts(program: Program, prompts: Mapping[int, Tensor], start: int) -> Ite
 
         return hook
 
-    hooks = [program.layers[block - start].register_forward_pre_hook(adder(prompt), with_kwargs=True) for block, prompt in prompts.items()]
+    hooks = [program.layers[block - program.start].register_forward_pre_hook(adder(prompt), with_kwargs=True) for block, prompt in prompts.items()]
     try:
         yield
     finally:
@@ -313,8 +366,13 @@ def _finite(hidden_BTH: Tensor, mask_BT: Tensor | None) -> bool:
 
 
 def _by_kwarg(call: SpanCall, bound: Bound, grads: list[Tensor]) -> dict[int, Tensor]:
-    """Stack the per-block gradients of each kwarg, ascending, in the type in which it came."""
-    grouped: dict[int, list[Tensor]] = {}
-    for (index, _), grad in zip(bound.leaves, grads, strict=True):
-        grouped.setdefault(index, []).append(grad.to("cpu", call.kwargs[index].tensor.dtype))
-    return {index: torch.stack(parts) for index, parts in grouped.items()}
+    """Stack the per-block gradients of each kwarg, ascending, in the type in which it came; an argument's counts as the first block's."""
+    grouped: dict[int, dict[int, Tensor]] = {}
+    for (index, block, _), grad in zip(bound.leaves, grads, strict=True):
+        grouped.setdefault(index, {})[block] = grad.to("cpu", call.kwargs[index].tensor.dtype)
+    stacked = {}
+    for index, parts in grouped.items():
+        blocks = call.kwargs[index].blocks
+        zero = torch.zeros_like(next(iter(parts.values())))
+        stacked[index] = torch.stack([parts.get(block, zero) for block in range(blocks.start, blocks.stop)])
+    return stacked

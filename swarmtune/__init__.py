@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swarmtune.adapters.parts import DeepPromptConfig, HeadConfig, StandInConfig
     from swarmtune.local_swarm import LocalSwarm
-    from swarmtune.model import load_causal_lm
+    from swarmtune.model import load_causal_lm, load_sequence_classifier, load_token_classifier
     from swarmtune.swarm import Swarm, connect
     from swarmtune.types import BlockSpan, Kwarg
 
@@ -18,13 +19,31 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "BlockSpan": "swarmtune.types",
+    "DeepPromptConfig": "swarmtune.adapters.parts",
+    "HeadConfig": "swarmtune.adapters.parts",
     "Kwarg": "swarmtune.types",
     "LocalSwarm": "swarmtune.local_swarm",
+    "StandInConfig": "swarmtune.adapters.parts",
     "Swarm": "swarmtune.swarm",
     "connect": "swarmtune.swarm",
     "load_causal_lm": "swarmtune.model",
+    "load_sequence_classifier": "swarmtune.model",
+    "load_token_classifier": "swarmtune.model",
 }
-__all__ = ["BlockSpan", "Kwarg", "LocalSwarm", "Swarm", "__version__", "connect", "load_causal_lm"]
+__all__ = [
+    "BlockSpan",
+    "DeepPromptConfig",
+    "HeadConfig",
+    "Kwarg",
+    "LocalSwarm",
+    "StandInConfig",
+    "Swarm",
+    "__version__",
+    "connect",
+    "load_causal_lm",
+    "load_sequence_classifier",
+    "load_token_classifier",
+]
 
 
 def __getattr__(name: str) -> Any:

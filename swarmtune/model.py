@@ -2,82 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import os
-import threading
-from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.adapter import PeftAdapter, load_adapter
-from swarmtune.adapters.tuners import check_over_quantised
-from swarmtune.errors import AdapterUnsupported, UsageError
+from swarmtune.adapters.adapter import Adapter, make_adapter, parse
+from swarmtune.adapters.injection import HEAD_OF_TASK, weightless
+from swarmtune.adapters.parts import HeadConfig
+from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
+from swarmtune.errors import UsageError
 from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
-from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, hidden_size, init_buffers, load_config
+from swarmtune.remote.layers import RemoteLayers, through_peft
+from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, find_layers, hidden_size, init_buffers, load_config
 from swarmtune.weights import Checkpoint, fill
 
 if TYPE_CHECKING:
     from swarmtune.swarm import Swarm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_SERVED = frozenset(
-    ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "past_key_values", "use_cache", "cache_position",
-     "return_dict", "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "is_first_iteration")
-)  # fmt: skip
-"""What the library's own loop may be called with: it travels, or it only concerns the stem and the outputs."""
-_REFUSED = ("output_hidden_states", "output_attentions", "output_router_logits")
-
-
-class RemoteLayers(nn.Module):
-    """Takes the place of all layers in the library's loop."""
-
-    def __init__(self, body: RemoteBody, adapter: PeftAdapter | None, returns_tuple: bool) -> None:
-        super().__init__()
-        # Not registered here: the model itself owns body and adapter under their public names.
-        self._parts = (body, adapter)
-        self._returns_tuple = returns_tuple
-        self.given = threading.local()
-
-    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Run the remote body with the mask and positions that the model was called with, not with what the library derived from them."""
-        body, adapter = self._parts
-        mask, positions = getattr(self.given, "arguments", (None, None))
-        output_BTH = body(hidden_BTH, mask, positions, kwargs=adapter.kwargs() if adapter else (), adapter=adapter.spec if adapter else None)
-        return (output_BTH,) if self._returns_tuple else output_BTH
-
-    def watch(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the library's forward: keep what must travel, refuse what would come back wrong.
-
-        Raises:
-            UsageError: outputs or caches that the remote body does not serve.
-        """
-        config = getattr(parent, "config", None)
-        kwargs = {**inspect.signature(parent.forward).bind_partial(*args).arguments, **kwargs}
-        for name in _REFUSED:
-            if kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False)):
-                raise UsageError(f"{name} is not served by remote blocks: call the model without it")
-        for name, value in kwargs.items():
-            if value is not None and name not in _SERVED:
-                raise UsageError(f"the argument {name} does not reach remote blocks: call the model without it")
-        cache = kwargs.get("past_key_values")
-        if kwargs.get("use_cache") or (cache is not None and cache.get_seq_length() > 0):
-            raise UsageError("a key-value cache is not served by remote blocks yet: call the model with use_cache=False")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise UsageError("attention_mask must be a (batch, sequence) tensor of ones and zeros")
-        self.given.arguments = (mask, kwargs.get("position_ids"))
+TASK_OF_HEAD = {head: task for task, head in HEAD_OF_TASK.items()}
 
 
 def load_causal_lm(
     model: str | os.PathLike[str],
     swarm: Swarm,
-    adapter: PeftConfig | str | os.PathLike[str] | Sequence[Any] | None = None,
+    adapter: Any = None,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -87,7 +44,8 @@ def load_causal_lm(
     Args:
         model: a hub id or a local directory; only the shards with stem, final norm and head are opened.
         swarm: from ``connect``.
-        adapter: a ``PeftConfig`` for a fresh adapter, or a PEFT directory to load.
+        adapter: a ``PeftConfig``, ``DeepPromptConfig``, ``StandInConfig`` or ``HeadConfig`` for something fresh, a saved adapter directory, or a
+            list of these: one PEFT type and at most one of each other.
         dtype: of stem and head; by default what the servers compute in.
         device: for stem, head and adapter.
 
@@ -99,32 +57,139 @@ def load_causal_lm(
         UsageError: the model or the adapter cannot be used, with the reason.
         SwarmError: the swarm does not serve all blocks of this model, or serves another checkpoint than ``model`` (as far as it is on this disk).
     """
+    return _load(model, swarm, adapter, "causal_lm", dtype, device)
+
+
+def load_sequence_classifier(
+    model: str | os.PathLike[str],
+    swarm: Swarm,
+    adapter: Any = None,
+    *,
+    num_labels: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Load the client's part of a model that classifies whole texts; its head is here and learns.
+
+    The head's weights are those of the checkpoint, or fresh ones as the library draws them where it has none. With a ``PeftConfig`` they are saved in
+    PEFT's own format (``modules_to_save``), without one in swarmtune's.
+
+    Args:
+        model: as in ``load_causal_lm``; a causal language model's checkpoint is enough.
+        swarm: from ``connect``.
+        adapter: as in ``load_causal_lm``; without one only the head learns.
+        num_labels: how many classes; the configuration's where not given.
+        dtype: as in ``load_causal_lm``.
+        device: as in ``load_causal_lm``.
+
+    Returns:
+        The library's own ``...ForSequenceClassification``, as ``load_causal_lm`` returns its model.
+
+    Raises:
+        UsageError: the model or the adapter cannot be used, with the reason.
+        SwarmError: as in ``load_causal_lm``.
+    """
+    return _load(model, swarm, adapter, "sequence_classification", dtype, device, num_labels)
+
+
+def load_token_classifier(
+    model: str | os.PathLike[str],
+    swarm: Swarm,
+    adapter: Any = None,
+    *,
+    num_labels: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Load the client's part of a model that classifies each token; see ``load_sequence_classifier``.
+
+    Raises:
+        UsageError: the model or the adapter cannot be used, with the reason.
+        SwarmError: as in ``load_causal_lm``.
+    """
+    return _load(model, swarm, adapter, "token_classification", dtype, device, num_labels)
+
+
+def _load(
+    model: str | os.PathLike[str],
+    swarm: Swarm,
+    adapter: Any,
+    head: str,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device,
+    num_labels: int | None = None,
+) -> PreTrainedModel:
     if not hasattr(swarm, "open_model"):
         raise UsageError(f"swarm must be a connection from swarmtune.connect, got {type(swarm).__name__}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device must be one that is available here, got {device!r}: {str(error).splitlines()[0][:150]}") from error
+    recipes = parse(_with_task(adapter, head))
     name = os.fspath(model)
     config = load_config(name)
-    site = check_identity(config)
-    own = _make_adapter(adapter, config, name)
-    opened = swarm.open_model(config_digest(config), site.num_blocks)
-    if own is not None:
-        check_over_quantised(own.spec.config["peft_type"], opened.quantisation, opened.dtype)
+    digest, site = config_digest(config), check_identity(config)
+    opened = swarm.open_model(digest, site.num_blocks)
     compare_weights(name, config, site, opened.directory)
-    element_type = _dtype(dtype if dtype is not None else opened.dtype)
+    served = _dtype(opened.dtype)
     body = RemoteBody(swarm.loop, opened.chain, site.num_blocks, hidden_size(config))
-    loaded = _load_ends(name, config, site, element_type, torch.device(device))
+    loaded, site = _load_ends(name, _with_labels(config, num_labels), site, head, _dtype(dtype) if dtype is not None else served)
+    own = None
+    if recipes:
+        names = {id(module): module_name for module_name, module in loaded.named_modules()}
+        own = make_adapter(recipes, weightless(loaded, served), site, name, body.initial, names.get(id(_head_of(loaded)), ""))
+        if own.spec is not None:
+            check_over_quantised(kind_over_base(own.spec), opened.quantisation, opened.dtype)
     _attach(loaded, site, body, own)
+    init_buffers(loaded, loaded)
     loaded.to(torch.device(device))  # type: ignore[arg-type]
     return loaded
 
 
-def _train_adapter_only(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
-    """``nn.Module.train`` for a model whose only learning part is its adapter."""
+def _with_task(adapter: Any, head: str) -> Any:
+    """The adapter for a model with this head; a classifier's head learns in any case."""
+    items = list(adapter) if isinstance(adapter, list | tuple) else [] if adapter is None else [adapter]
+    if head == "causal_lm":
+        return items
+    found = []
+    for item in items:
+        if isinstance(item, PeftConfig):
+            item = copy.deepcopy(item)
+            item.task_type = TASK_OF_HEAD[head]
+        found.append(item)
+    if not any(isinstance(item, PeftConfig | HeadConfig | str | os.PathLike) for item in items):
+        found.append(HeadConfig())
+    return found
+
+
+def _with_labels(config: PretrainedConfig, num_labels: int | None) -> PretrainedConfig:
+    if num_labels is not None:
+        if type(num_labels) is not int or num_labels < 1:
+            raise UsageError(f"num_labels must be a positive integer, got {num_labels!r}")
+        config = copy.deepcopy(config)
+        config.num_labels = num_labels
+    return config
+
+
+def _head_of(model: PreTrainedModel) -> nn.Module | None:
+    """The module behind the body that learns as the head: the one that gives logits."""
+    output = model.get_output_embeddings()
+    if output is not None:
+        return output
+    return next((module for name, module in model.named_children() if name in ("score", "classifier") and isinstance(module, nn.Linear)), None)
+
+
+def _train_learning_parts(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
+    """``nn.Module.train`` for a model of which only the adapter learns: what PEFT put into stem and head follows, the rest stays in eval mode."""
     for module in model.children():
         module.train(mode and module is getattr(model, "adapter", None))
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for child in module.children():
+                child.train(mode)
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None and adapter.peft is not None and adapter.peft.wrapped is not None:
+        adapter.peft.wrapped.prompt_encoder.train(mode)
     model.training = mode
     return model
 
@@ -138,20 +203,6 @@ def _refuse_to_save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     raise UsageError("the body of this model is not here, so it cannot be saved: save what learns with model.adapter.save_pretrained(directory)")
 
 
-def _make_adapter(adapter: object, config: PretrainedConfig, name: str) -> PeftAdapter | None:
-    if adapter is None:
-        return None
-    if isinstance(adapter, list | tuple):
-        if len(adapter) != 1:
-            raise AdapterUnsupported(f"a list of {len(adapter)} adapters is not supported: give one PEFT configuration or directory")
-        return _make_adapter(adapter[0], config, name)
-    if isinstance(adapter, PeftConfig):
-        return PeftAdapter(config, adapter, name)
-    if isinstance(adapter, str | os.PathLike):
-        return load_adapter(config, adapter, name)
-    raise AdapterUnsupported(f"adapter must be a PeftConfig or a saved adapter directory, got {type(adapter).__name__}")
-
-
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -160,16 +211,24 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with everything but its layers loaded."""
-    model = build_skeleton(config)
-    setattr(model.get_submodule(site.parent_name), site.attribute, nn.ModuleList())
-    tied = _tied(model)
-    names = {key: key for key in model.state_dict() if key not in tied}
-    fill(model, names, Checkpoint(name), model.base_model_prefix, dtype, device)
+def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, head: str, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerSite]:
+    """The model with everything but its layers loaded, which stay on the meta device, and where it keeps them."""
+    model = build_skeleton(config, head)
+    own = LayerSite(find_layers(model).parent_name, site.attribute, site.num_blocks, site.returns_tuple)
+    tied, checkpoint = _tied(model), Checkpoint(name)
+    names = {key: key for key in model.state_dict() if key not in tied and own.split(key) is None}
+    fresh = {key for key in names if head != "causal_lm" and checkpoint.find(key, model.base_model_prefix) is None and _of_head(model, key)}
+    fill(model, {key: key for key in names if key not in fresh}, checkpoint, model.base_model_prefix, dtype, torch.device("cpu"))
     model.tie_weights()
-    init_buffers(model, model, device)
-    return model.requires_grad_(False)
+    for module_name in sorted({key.rpartition(".")[0] for key in fresh}):
+        module = model.get_submodule(module_name).to_empty(device="cpu").to(dtype)
+        model._init_weights(module)
+    return model.requires_grad_(False), own
+
+
+def _of_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor lies behind the body, where a checkpoint of another task has nothing."""
+    return key.partition(".")[0] != model.base_model_prefix
 
 
 def _tied(model: PreTrainedModel) -> set[str]:
@@ -180,18 +239,24 @@ def _tied(model: PreTrainedModel) -> set[str]:
     return set(keys)
 
 
-def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: PeftAdapter | None) -> None:
+def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: Adapter | None) -> None:
     parent = model.get_submodule(site.parent_name)
     layers = RemoteLayers(body, adapter, site.returns_tuple)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
     # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.
-    model.train = MethodType(_train_adapter_only, model)  # type: ignore[method-assign]
+    model.train = MethodType(_train_learning_parts, model)  # type: ignore[method-assign]
     model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[method-assign]
     model.push_to_hub = MethodType(_refuse_to_save, model)  # type: ignore[method-assign, assignment]
     model.eval()
     model.body = body
     model.adapter = adapter  # type: ignore[assignment]
+    if adapter is not None:
+        model._modules = {"adapter": adapter, **model._modules}  # parameters of stem and head that learn go by the adapter's names
+        if adapter.peft is not None and adapter.peft.wrapped is not None:
+            model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
+        if (rule := adapter.regularise()) is not None:
+            model.register_forward_hook(lambda module, args, output: rule(output))
     model.config.use_cache = False
     if model.generation_config is not None:
         model.generation_config.use_cache = False

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swarmtune.errors import ModelUnsupported, UsageError
@@ -91,17 +99,26 @@ def config_digest(config: PretrainedConfig) -> str:
     return hashlib.sha256(dump_json(fields)).hexdigest()[:16]
 
 
-def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The whole ``...ForCausalLM`` on the meta device: structure and names, no memory.
+HEADS: Mapping[str, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+}
+"""What may stand behind the body, and the library's class that builds a model with it."""
+
+
+def build_skeleton(config: PretrainedConfig, head: str = "causal_lm") -> PreTrainedModel:
+    """The whole model with a head (``...ForCausalLM``) on the meta device: structure and names, no memory.
 
     Raises:
         ModelUnsupported: the library has no causal language model for this configuration.
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model: PreTrainedModel = HEADS[head].from_config(copy.deepcopy(config), trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise ModelUnsupported(f"no causal language model can be built from a {config.model_type!r} configuration: {str(error)[:300]}") from error
+        what = {"causal_lm": "causal language model"}.get(head, f"model for {head.replace('_', ' ')}")
+        raise ModelUnsupported(f"no {what} can be built from a {config.model_type!r} configuration: {str(error)[:300]}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -173,14 +190,20 @@ def _slice_config(config: PretrainedConfig, start: int, stop: int, num_blocks: i
     return sliced
 
 
-def init_buffers(model: nn.Module, owner: PreTrainedModel, device: torch.device | str = "cpu") -> None:
+def init_buffers(model: nn.Module, owner: PreTrainedModel, device: torch.device | str = "cpu", skip: Container[int] = ()) -> None:
     """Give the buffers that were built on the meta device (rotary tables) their values, by the library's own initialisation.
+
+    Args:
+        model: whose buffers.
+        owner: the library's model, which knows how.
+        device: where they go.
+        skip: ids of buffers that get their values elsewhere.
 
     Raises:
         ModelUnsupported: a buffer stays without a value.
     """
     for module in model.modules():
-        pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta and id(buffer) not in skip]
         if not pending:
             continue
         for name in pending:

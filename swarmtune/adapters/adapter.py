@@ -1,77 +1,117 @@
-"""The client's adapter: leaf parameters under PEFT's names, for any supported tuner; saved and loaded as a PEFT directory."""
+"""The client's adapter: all that learns, as leaf parameters under PEFT's names; saved whole or not at all."""
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.tuners import ADAPTER_NAME, PEFT_PREFIX, check_supported, inject, resolve, wire_name
+from swarmtune.adapters.injection import weightless
+from swarmtune.adapters.parts import (
+    OWN_CONFIGS,
+    DeepPromptConfig,
+    DeepPrompts,
+    Head,
+    HeadConfig,
+    Initial,
+    OwnConfig,
+    OwnPart,
+    StandInConfig,
+    StandIns,
+    read_own_config,
+)
+from swarmtune.adapters.peft_part import CONFIG_FILE, PeftPart, read_config
 from swarmtune.errors import AdapterUnsupported, UsageError
-from swarmtune.skeleton import build_skeleton, find_layers
+from swarmtune.skeleton import LayerSite, build_skeleton, find_layers
 from swarmtune.types import Kwarg
 from swarmtune.wire.messages import AdapterSpec
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+Recipe = tuple[PeftConfig | OwnConfig, Path | None]
+"""A part to make, and the directory whose values it takes."""
 
 
 class _Node(nn.Module):
-    """One segment of a dotted parameter name."""
+    """One segment of a dotted parameter name. As a model under PEFT's training rules, it returns the output that it is given."""
+
+    def forward(self, output: Any) -> Any:
+        """Nothing is computed here."""
+        return output
 
 
-class PeftAdapter(nn.Module):
-    """All that a PEFT tuner learns, without the model around it.
+class Adapter(nn.Module):
+    """All that learns, without the model around it.
 
     ``named_parameters()`` gives the names of a local ``PeftModel``'s trainable parameters, in the same order; a fresh adapter has the values that
     a fresh local one has under the same seed.
 
     Attributes:
-        config: the ``PeftConfig``.
-        spec: what travels to the servers.
+        peft: the part that PEFT defines, or ``None``.
+        own: the parts in swarmtune's own formats.
     """
 
-    def __init__(self, model_config: PretrainedConfig, config: PeftConfig, model_name: str) -> None:
-        """Build and initialise the parameters.
-
-        Raises:
-            AdapterUnsupported: the tuner, one of its settings or its targets.
-        """
+    def __init__(self, peft: PeftPart | None, own: Sequence[OwnPart]) -> None:
         super().__init__()
-        check_supported(config)
-        self.config = copy.deepcopy(config)
-        self.config.base_model_name_or_path = model_name
-        self.config.inference_mode = False  # what is given here is trained
-        self.config.task_type = self.config.task_type or "CAUSAL_LM"
-        self._model_config = model_config
-        injected = inject(_weightless(build_skeleton(model_config)), self.config)
-        self.spec: AdapterSpec = resolve(injected, self.config)
-        self._site = find_layers(cast(PreTrainedModel, injected.get_base_model()))
-        for name, parameter in injected.named_parameters():
-            if parameter.requires_grad:
-                self._register(name, parameter.detach().clone())
+        self.peft, self.own = peft, tuple(own)
+        self._frozen = _Node()
+        if peft is not None:
+            for name, parameter in peft.parameters.items():
+                _register(self, name, parameter)
+            for name, tensor in peft.frozen.items():
+                _register(self._frozen, name, tensor)
+            root = self._modules.get("base_model")
+            peft.attach(root._modules["model"] if root is not None and "model" in root._modules else _Node())  # type: ignore[arg-type]
+        for part in self.own:
+            for name, parameter in part.parameters.items():
+                _register(self, name, parameter)
+
+    @property
+    def config(self) -> PeftConfig | None:
+        """The ``PeftConfig``, or ``None``."""
+        return self.peft.config if self.peft is not None else None
+
+    @property
+    def spec(self) -> AdapterSpec | None:
+        """What travels of a PEFT configuration; ``None`` where nothing does."""
+        return self.peft.spec if self.peft is not None else None
+
+    @property
+    def title(self) -> str:
+        """Its parts, for people."""
+        parts = [self.peft.kind] if self.peft is not None else []
+        return " and ".join([*parts, *(part.config.FILE.replace("_", " ") for part in self.own)])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Virtual positions of deep prompts."""
+        return sum(part.num_tokens for part in self.own if isinstance(part, DeepPrompts))
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a batch must not be cut into micro-batches."""
+        return self.peft is not None and self.peft.mixes_rows
+
+    @property
+    def needs_seed(self) -> bool:
+        """Whether a call must carry a seed for dropout inside the blocks."""
+        return self.training and self.peft is not None and self.peft.dropout > 0
 
     def kwargs(self) -> list[Kwarg]:
-        """One kwarg per parameter, for its block."""
-        found = []
-        for name, parameter in self.named_parameters():
-            place = self._site.split(name.removeprefix(PEFT_PREFIX))
-            assert place is not None, f"{name} lies outside the blocks"
-            block, within = place
-            found.append(Kwarg(f"peft.{self.spec.digest}.{wire_name(within)}", parameter, blocks=block))
-        return found
+        """All that travels: one kwarg per tensor, for its blocks."""
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        found = self.peft.kwargs({**dict(self._frozen.named_buffers()), **tensors}) if self.peft is not None else []
+        return found + [kwarg for part in self.own for kwarg in part.kwargs(tensors)]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write a PEFT directory, whole or not at all, and check it by letting PEFT load it again.
+        """Write a PEFT directory, whole or not at all, and check it by letting PEFT load it again; other parts have files of their own beside it.
 
         Raises:
             UsageError: the directory cannot be written, or PEFT would not load the same adapter from it.
@@ -81,8 +121,13 @@ class PeftAdapter(nn.Module):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            self._write(temporary)
-            self._check(temporary)
+            values = {name: parameter.detach().to("cpu") for name, parameter in self.named_parameters()}
+            if self.peft is not None:
+                self.peft.write(temporary, {name: values[name] for name in self.peft.parameters})
+            for part in self.own:
+                part.write(temporary, values)
+            for file in temporary.glob("*.safetensors"):
+                file.chmod(0o644)
             os.chmod(temporary, 0o755)
             _replace(temporary, target)
         except (OSError, SafetensorError) as error:
@@ -93,102 +138,172 @@ class PeftAdapter(nn.Module):
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def load_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Take the values of a PEFT directory of the same tuner and shapes; nothing changes unless all of them fit.
+        """Take the values of a saved adapter of the same parts and shapes; nothing changes unless all of them fit.
 
         Raises:
             UsageError: a tensor is missing, superfluous or of another shape, or the directory cannot be read.
         """
-        stored = self._to_names(_read_weights(Path(directory)))
-        own = dict(self.named_parameters())
-        missing, extra = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
-        if missing or extra:
-            what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which this adapter does not have"
-            raise UsageError(f"the adapter in {directory} does not fit: it {what} (are its rank and target_modules the same?)")
-        for name, parameter in own.items():
-            if stored[name].shape != parameter.shape:
-                raise UsageError(f"the adapter in {directory} does not fit: {name} is {tuple(stored[name].shape)}, expected {tuple(parameter.shape)}")
+        path = Path(directory).expanduser()
+        values: dict[str, Tensor] = {}
+        if self.peft is not None:
+            values |= self.peft.read(path)
+        for part in self.own:
+            values |= part.read(path)
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(stored[name])
+            for name, parameter in self.named_parameters():
+                parameter.copy_(values[name])
 
-    def _register(self, name: str, value: Tensor) -> None:
-        *path, leaf = name.split(".")
-        node: nn.Module = self
-        for segment in path:
-            child = node._modules.get(segment)
-            if child is None:
-                child = _Node()
-                node.add_module(segment, child)
-            node = child
-        node.register_parameter(leaf, nn.Parameter(value))
+    def check_trains(self) -> None:
+        """Refuse what can be used and not trained.
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().to("cpu") for name, parameter in self.named_parameters()}
+        Raises:
+            AdapterUnsupported: with the reason.
+        """
+        if self.peft is not None:
+            self.peft.check_trains()
 
-    def _fresh(self) -> PeftModel:
-        return inject(_weightless(build_skeleton(self._model_config)), self.config)
+    def after_step(self, step: int) -> None:
+        """The tuner's own rule for the end of optimizer step ``step`` (from 0), while gradients are there."""
+        if self.peft is not None:
+            self.peft.after_step(step)
 
-    def _write(self, directory: Path) -> None:
-        tensors = {name.removeprefix(PEFT_PREFIX): value for name, value in self._tensors().items()}
-        named = {PEFT_PREFIX + name: value for name, value in tensors.items()}
-        stored = get_peft_model_state_dict(self._fresh(), state_dict=named, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-        save_file({name: value.contiguous() for name, value in stored.items()}, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = copy.deepcopy(self.config)
-        config.inference_mode = True
-        config.save_pretrained(str(directory))
-        os.chmod(directory / WEIGHTS_FILE, (directory / CONFIG_FILE).stat().st_mode & 0o777)  # safetensors lets nobody else read its files
+    def regularise(self) -> Callable[[Any], Any] | None:
+        """What the tuner adds to an output's loss; ``None`` where it adds nothing."""
+        return self.peft.regularise() if self.peft is not None else None
 
-    def _check(self, directory: Path) -> None:
-        """Load what was written into a fresh PEFT model and compare every value."""
-        config = PeftConfig.from_pretrained(str(directory))
-        config.inference_mode = False
-        model = inject(_weightless(build_skeleton(self._model_config)), config)
-        result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
-        loaded = {name: parameter for name, parameter in model.named_parameters() if f".{ADAPTER_NAME}" in name}
-        own = self._tensors()
-        wrong = [name for name in own if name not in loaded or not torch.equal(loaded[name].detach(), own[name])]
-        if result.unexpected_keys or wrong or set(loaded) != set(own):
-            first = (list(result.unexpected_keys) + wrong + sorted(set(loaded) ^ set(own)))[0]
-            raise UsageError(f"the exported adapter would not load as it is ({first}): nothing was written")
+    def rule_state(self) -> dict[str, Any]:
+        """What the tuner's rule remembers, for a checkpoint."""
+        return self.peft.rule_state() if self.peft is not None else {}
 
-    def _to_names(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Translate keys of a PEFT file to parameter names, by PEFT's own rule applied to our names."""
-        own = {name: torch.empty(0) for name, _ in self.named_parameters()}
-        keys = {}
-        model = self._fresh()
-        for name in own:
-            (key,) = get_peft_model_state_dict(model, state_dict={name: own[name]}, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-            keys[key] = name
-        return {keys.get(key, key): value for key, value in stored.items()}
+    def load_rule_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``rule_state``."""
+        if self.peft is not None:
+            self.peft.load_rule_state(state)
 
 
-def load_adapter(model_config: PretrainedConfig, directory: str | os.PathLike[str], model_name: str) -> PeftAdapter:
-    """The adapter that a PEFT directory holds.
+def make_adapter(
+    recipes: Sequence[Recipe], model: PreTrainedModel, site: LayerSite, model_name: str, initial: Initial | None = None, head: str | None = None
+) -> Adapter:
+    """Build an adapter over the client's model, whose blocks may be weightless.
+
+    Args:
+        recipes: from ``parse``.
+        model: PEFT puts its layers into it.
+        site: where it keeps its blocks.
+        model_name: for exported configurations.
+        initial: asks the servers for values that depend on body weights.
+        head: name of the module that is the model's head.
 
     Raises:
-        UsageError: there is no such directory, or it does not fit the model.
+        AdapterUnsupported: a type, a setting, a target or a mix.
+        UsageError: what is saved does not fit.
     """
-    path = Path(directory).expanduser()
-    if not (path / CONFIG_FILE).is_file():
-        raise UsageError(f"{path} is not a PEFT adapter directory: it has no {CONFIG_FILE}")
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterUnsupported(f"{path / CONFIG_FILE} is not a PEFT configuration: {str(error)[:300]}") from error
-    config.inference_mode = False
-    adapter = PeftAdapter(model_config, config, model_name)
-    adapter.load_pretrained(path)
-    return adapter
+    peft, own = None, []
+    for config, saved in recipes:
+        if isinstance(config, PeftConfig):
+            peft = PeftPart(model, site, config, model_name, initial, saved)
+            continue
+        if isinstance(config, DeepPromptConfig):
+            part: OwnPart = DeepPrompts(config, model.config, site)
+        elif isinstance(config, StandInConfig):
+            part = StandIns(config, model.config, site, initial)
+        else:
+            part = Head(config, model, model.get_submodule(head) if head else None, head or "")
+        if saved is not None:
+            stored = part.read(saved)
+            with torch.no_grad():
+                for name, parameter in part.parameters.items():
+                    parameter.copy_(stored[name])
+        if isinstance(part, Head):
+            part.attach()
+        own.append(part)
+    return Adapter(peft, own)
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path = directory.expanduser() / WEIGHTS_FILE
-    if not path.is_file():
-        raise UsageError(f"there is no {WEIGHTS_FILE} in {directory}: swarmtune reads safetensors only")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+def parse(adapter: object) -> list[Recipe]:
+    """What ``adapter=`` asks for: one configuration or saved directory, or a list of these.
+
+    Raises:
+        AdapterUnsupported: anything else, or a mix that is not served.
+        UsageError: a directory that holds no adapter.
+    """
+    if adapter is None:
+        return []
+    items = list(adapter) if isinstance(adapter, list | tuple) else [adapter]
+    recipes: list[Recipe] = []
+    for item in items:
+        if isinstance(item, PeftConfig | OwnConfig):
+            recipes.append((item, None))
+        elif isinstance(item, str | os.PathLike):
+            recipes.extend(_saved(Path(item).expanduser()))
+        else:
+            raise AdapterUnsupported(f"adapter must be a PeftConfig, a config of swarmtune's or a saved adapter directory, got {type(item).__name__}")
+    kinds = ["a PEFT type" if isinstance(config, PeftConfig) else type(config).__name__ for config, _ in recipes]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise AdapterUnsupported(f"an adapter holds at most one of {kind}, got {kinds.count(kind)}")
+    recipes.sort(key=lambda recipe: not isinstance(recipe[0], PeftConfig))
+    _check_mix(recipes)
+    return recipes
+
+
+def _check_mix(recipes: Sequence[Recipe]) -> None:
+    """Refuse what would act twice on one thing."""
+    own = {type(config) for config, _ in recipes}
+    for config, _ in recipes:
+        if isinstance(config, PeftConfig):
+            if config.is_prompt_learning and DeepPromptConfig in own:
+                raise AdapterUnsupported(f"{type(config).__name__} and deep prompts both add virtual tokens: use one of them")
+            if HeadConfig in own and getattr(config, "modules_to_save", None):
+                raise AdapterUnsupported("modules_to_save and HeadConfig both train the head: use one of them")
+            if StandInConfig in own and getattr(config, "bias", "none") != "none":
+                raise AdapterUnsupported(
+                    f"bias={getattr(config, 'bias', None)!r} and StandInConfig both train parameters of the blocks: use one of them"
+                )
+
+
+def _saved(path: Path) -> list[Recipe]:
+    """The parts that a directory holds.
+
+    Raises:
+        UsageError: none.
+    """
+    found: list[Recipe] = []
+    if (path / CONFIG_FILE).is_file():
+        found.append((read_config(path), path))
+    for kind in OWN_CONFIGS:
+        if (config := read_own_config(path, kind)) is not None:
+            found.append((config, path))
+    if not found:
+        raise UsageError(f"{path} is not an adapter directory: it has no {CONFIG_FILE}, and nothing of swarmtune's own")
+    return found
+
+
+def offline_adapter(model_config: PretrainedConfig, adapter: object, model_name: str) -> Adapter:
+    """An adapter without a swarm and without weights: to count, load, check or export it. Fresh values that need body weights are not right.
+
+    Raises:
+        UsageError: the adapter cannot be used, with the reason.
+    """
+    model = weightless(build_skeleton(model_config))
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    return make_adapter(parse(adapter), model, find_layers(model), model_name, head=head)
+
+
+def _register(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor under a dotted name: a parameter as it is, anything else as a buffer."""
+    *path, leaf = name.split(".")
+    node = owner
+    for segment in path:
+        child = node._modules.get(segment)
+        if child is None:
+            child = _Node()
+            node.add_module(segment, child)
+        node = child
+    if isinstance(value, nn.Parameter):
+        node.register_parameter(leaf, value)
+    else:
+        node.register_buffer(leaf, value, persistent=False)
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -196,21 +311,10 @@ def _replace(source: Path, target: Path) -> None:
     if not target.exists():
         source.rename(target)
         return
-    if not target.is_dir() or (not (target / CONFIG_FILE).is_file() and any(target.iterdir())):
+    ours = (CONFIG_FILE, *(f"{kind.FILE}_config.json" for kind in OWN_CONFIGS))
+    if not target.is_dir() or (not any((target / name).is_file() for name in ours) and any(target.iterdir())):
         raise UsageError(f"{target} exists and is not an adapter directory: choose another one")
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
     target.rename(old / "adapter")
     source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _weightless(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace meta parameters by CPU tensors of the right shape over a single stored zero.
-
-    PEFT initialises its layers on the device of their base layer; on the meta device the values would be lost.
-    """
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            module.register_parameter(name, nn.Parameter(zero, requires_grad=False))
-    return model

@@ -247,10 +247,10 @@ def _model_of(adapter_dir: Path, given: str | None) -> str:
 def _export_adapter(found: Found, model: str, destination: Path, dtype: str | None) -> None:
     import torch
 
-    from swarmtune.adapters.adapter import load_adapter
+    from swarmtune.adapters.adapter import offline_adapter
     from swarmtune.skeleton import load_config
 
-    adapter = load_adapter(load_config(model), found.folder, model)
+    adapter = offline_adapter(load_config(model), found.folder, model)
     if dtype is not None:
         adapter.to(getattr(torch, dtype))
     with _placed(found, model, destination) as target:
@@ -263,11 +263,11 @@ def _export_adapter(found: Found, model: str, destination: Path, dtype: str | No
 
 
 def _export_merged(found: Found, model: str, destination: Path, dtype: str | None) -> None:
-    from swarmtune.adapters.adapter import load_adapter
+    from swarmtune.adapters.adapter import offline_adapter
     from swarmtune.skeleton import build_skeleton, load_config, stored_dtype
 
     config = load_config(model)
-    load_adapter(config, found.folder, model)  # refuses an adapter that does not fit before the whole model is loaded
+    offline_adapter(config, found.folder, model)  # refuses an adapter that does not fit before the whole model is loaded
     parameters = sum(parameter.numel() for parameter in build_skeleton(config).parameters())
     size = {"float32": 4}.get(dtype, 2) if dtype else stored_dtype(config).itemsize
     print(f"merging loads the whole model: {parameters:,} parameters, about {_human(parameters * size)} of memory", flush=True)

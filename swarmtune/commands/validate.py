@@ -46,7 +46,7 @@ def check(config: Config) -> str:
     Raises:
         UsageError: whatever is wrong.
     """
-    from swarmtune.adapters.adapter import PeftAdapter, load_adapter
+    from swarmtune.adapters.adapter import offline_adapter
     from swarmtune.app import load_recipe, server_spans, try_trainer
     from swarmtune.config import resolve_path
     from swarmtune.model_files import count_parameters
@@ -61,10 +61,10 @@ def check(config: Config) -> str:
     if local_path(path) is not None:
         Checkpoint(path)
     chosen = peft_config(config.adapter)
-    adapter = load_adapter(model_config, chosen, path) if isinstance(chosen, str) else PeftAdapter(model_config, chosen, path)
+    adapter = offline_adapter(model_config, chosen, path)
     try_trainer(config.trainer)
     load_recipe(config.recipe)
-    kind = getattr(adapter.config.peft_type, "value", adapter.config.peft_type)
+    kind = adapter.title
     learn = sum(parameter.numel() for parameter in adapter.parameters())
     servers = (
         f"{len(spans)} server{'s' if len(spans) != 1 else ''} of blocks {', '.join(spans)} on this machine" if spans else "the swarm that it joins"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from swarmtune.errors import KwargError
-from swarmtune.remote.chain import Chain, KwargPlan
+from swarmtune.errors import KwargError, NonFinite
+from swarmtune.remote.chain import Chain, KwargPlan, micro_batches
 from swarmtune.remote.function import BodyCall, RemoteSequential
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import Kwarg
@@ -34,6 +35,8 @@ class RemoteBody(nn.Module):
         position_ids: Tensor | None = None,
         kwargs: Sequence[Kwarg] = (),
         adapter: AdapterSpec | None = None,
+        seed: int | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """Run every block.
 
@@ -43,6 +46,8 @@ class RemoteBody(nn.Module):
             position_ids: ``(batch, sequence)``, for models that take them.
             kwargs: named arguments for the blocks; those that require a gradient get one.
             adapter: configuration behind kwargs named ``peft.<digest>...``.
+            seed: of the adapter's dropout, from 0 to 2**63 - 1; without one there is no dropout.
+            whole: refuse to cut the batch, because something in the blocks mixes its rows.
 
         Returns:
             The output of the last block, of the same shape and type, before the final norm.
@@ -60,9 +65,32 @@ class RemoteBody(nn.Module):
             raise KwargError(f"kwargs must be a list of swarmtune.Kwarg, got {type(kwargs).__name__}")
         every = [*_library(hidden_BTH, attention_mask=attention_mask, position_ids=position_ids), *kwargs]
         plans = tuple(self._plan(kwarg, hidden_BTH) for kwarg in every)
-        call = BodyCall(self._loop, self._chain, plans, adapter)
+        _check_finite(every)
+        if whole and len(micro_batches(hidden_BTH.shape[0], hidden_BTH.shape[1], self._chain.settings.micro_batch_tokens)) > 1:
+            raise KwargError(
+                f"this adapter mixes the rows of a batch, so the batch cannot be cut into micro-batches: raise micro_batch_tokens to at least "
+                f"{hidden_BTH.shape[0] * hidden_BTH.shape[1]}, or use a smaller batch"
+            )
+        call = BodyCall(self._loop, self._chain, plans, adapter, seed)
         output_BTH: Tensor = RemoteSequential.apply(call, hidden_BTH, *(kwarg.tensor for kwarg in every))
         return output_BTH
+
+    def initial(
+        self, names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], spec: AdapterSpec | None = None, rng: Tensor | None = None
+    ) -> list[Tensor]:
+        """First values that depend on body weights, from the servers.
+
+        Args:
+            names: block and name of each: ``param.<name within the block>``, or a tuner's tensor as it travels.
+            shapes: what is expected.
+            spec: the tuner whose tensors are asked for.
+            rng: state of the random generator before the tuner was made, where its first values depend on random numbers too.
+
+        Raises:
+            SwarmError: some blocks could not be asked within the patience.
+            KwargError: a server says that there is no such value.
+        """
+        return self._loop.run(self._chain.initial(names, shapes, spec, rng))
 
     def _plan(self, kwarg: Kwarg, hidden_BTH: Tensor) -> KwargPlan:
         for axis, length in zip(("batch", "sequence"), hidden_BTH.shape[:2], strict=True):
@@ -83,3 +111,23 @@ def _library(hidden_BTH: Tensor, **arguments: Tensor | None) -> list[Kwarg]:
         shared = tensor.shape[0] == 1 and hidden_BTH.shape[0] != 1
         found.append(Kwarg(name, tensor.detach(), {"sequence": 1} if shared else {"batch": 0, "sequence": 1}))
     return found
+
+
+def _check_finite(kwargs: Sequence[Kwarg]) -> None:
+    """Refuse NaN and infinity before anything travels: at an unrouted expert or a masked position nobody would see them.
+
+    Raises:
+        NonFinite: names the kwarg and its blocks.
+    """
+    floating = [kwarg for kwarg in kwargs if kwarg.tensor.is_floating_point()]
+    if not floating:
+        return
+    sums = torch.stack([kwarg.tensor.detach().sum(dtype=torch.float32).to(floating[0].tensor.device) for kwarg in floating])
+    if bool(torch.isfinite(sums).all()):
+        return
+    for kwarg in floating:
+        if not bool(torch.isfinite(kwarg.tensor).all()):
+            start = kwarg.blocks if isinstance(kwarg.blocks, int) else None
+            raise NonFinite(
+                f"kwarg {kwarg.name} for {'all blocks' if kwarg.blocks is None else f'blocks {kwarg.blocks}'} holds NaN or infinity", start
+            )

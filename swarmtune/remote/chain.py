@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Collection, Coroutine, Mapping, Sequence
@@ -20,13 +21,27 @@ from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerFault, S
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.transport.base import Transport, TransportError
 from swarmtune.types import Axis, BlockSpan
-from swarmtune.wire.codec import decode, encode
+from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Incoming
-from swarmtune.wire.messages import DETERMINISTIC, AdapterSpec, CallKwarg, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
+from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
+from swarmtune.wire.messages import (
+    DETERMINISTIC,
+    AdapterSpec,
+    CallKwarg,
+    DropoutSeed,
+    Fault,
+    FaultCode,
+    ServerInfo,
+    ServerTimes,
+    SpanCall,
+    SpanResult,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WAIT_S = 0.25
+INITIAL_ELEMENTS = 1 << 25
+"""Values are asked for in answers of at most about this many elements."""
 MAX_SILENCE_S = 12.0
 
 
@@ -65,6 +80,7 @@ class Batch:
     plans: tuple[KwargPlan, ...]
     tensors: tuple[Tensor, ...]
     adapter: AdapterSpec | None
+    dropout: DropoutSeed | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,7 +99,7 @@ class Batch:
             assert blocks is not None
             kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad and grad_BTH is not None))
         adapter = self.adapter if any(kwarg.name.startswith("peft.") for kwarg in kwargs) else None
-        return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad)
+        return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=self.dropout if adapter is not None else None)
 
     def collect(self, span: BlockSpan, result: SpanResult, found: dict[int, dict[int, Tensor]]) -> None:
         """File the gradients that a backward of ``span`` returned, by kwarg and block."""
@@ -207,6 +223,50 @@ class Chain:
         """
         return await self._all([self._backward_legs(batch, own, grad, input_grad) for batch, own, grad in zip(micro, legs, grads, strict=True)])
 
+    async def initial(
+        self, names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], adapter: AdapterSpec | None = None, rng: Tensor | None = None
+    ) -> list[Tensor]:
+        """First values that depend on body weights, by block and name, from whoever holds the blocks.
+
+        Args:
+            names: block and name of each.
+            shapes: what is expected.
+            adapter: the tuner whose tensors are asked for.
+            rng: see ``InitialCall``.
+
+        Raises:
+            SwarmError: some blocks could not be asked within the patience.
+            KwargError: a server says that there is no such value.
+        """
+        found: dict[int, Tensor] = {}
+        order = sorted(range(len(names)), key=lambda index: names[index][0])
+        patience = _Patience(self.settings.patience_s)
+        while order:
+            block = names[order[0]][0]
+            hop = (await self._route(BlockSpan(block, block + 1), 1, patience))[0]
+            wanted = _fitting(order, names, shapes, self._directory.known[hop.peer].info.span)
+            call = InitialCall(
+                BlockSpan(block, names[wanted[-1]][0] + 1),
+                self._directory.model,
+                tuple(names[index] for index in wanted),
+                adapter,
+                rng,
+                self._remaining_ms(),
+                tuple(shapes[index] for index in wanted),
+            )
+            try:
+                reply, _ = await self._exchange(hop, call.to_message(), call.answer_bytes)
+                values = InitialResult.from_message(reply, call).values
+            except WireError as error:
+                self._after(PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}"), patience)
+                continue
+            except PeerFault as fault:
+                self._after(fault, patience)
+                continue
+            found.update(zip(wanted, values, strict=True))
+            order, patience = order[len(wanted) :], _Patience(self.settings.patience_s)
+        return [found[index] for index in range(len(names))]
+
     async def _all(self, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         """Run at most ``max_in_flight`` at once; the first failure cancels the others and is raised."""
         gate = asyncio.Semaphore(self.settings.max_in_flight)
@@ -226,7 +286,7 @@ class Chain:
         legs: list[Leg] = []
         position, patience = span.start, _Patience(self.settings.patience_s)
         while position < span.stop:
-            hop = (await self._route(BlockSpan(position, span.stop), batch, patience))[0]
+            hop = (await self._route(BlockSpan(position, span.stop), batch.tokens, patience))[0]
             try:
                 result = await self._call(hop, batch.call(hop.span, hidden_BTH, self._directory.model))
             except PeerFault as fault:
@@ -252,7 +312,7 @@ class Chain:
     async def _backward_leg(self, batch: Batch, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]) -> Tensor | None:
         patience = _Patience(self.settings.patience_s)
         while True:
-            route = await self._route(leg.span, batch, patience)
+            route = await self._route(leg.span, batch.tokens, patience)
             if len(route) > 1:
                 return await self._backward_pieces(batch, leg, route[-1].span, grad_BTH, input_grad, found)
             call = batch.call(leg.span, leg.hidden_BTH, self._directory.model, grad_BTH, input_grad)
@@ -275,11 +335,11 @@ class Chain:
             grad = await self._backward_leg(batch, piece, grad, input_grad or piece.span.start > leg.span.start, found)
         return grad
 
-    async def _route(self, span: BlockSpan, batch: Batch, patience: _Patience) -> list[Hop]:
+    async def _route(self, span: BlockSpan, tokens: int, patience: _Patience) -> list[Hop]:
         """A route for ``span`` now, or as soon as there is one, within the patience."""
         while True:
             try:
-                return self._directory.route(span.start, span.stop, batch.tokens)
+                return self._directory.route(span.start, span.stop, tokens)
             except BlocksUnserved as error:
                 remaining_s = patience.remaining_s()
                 if remaining_s <= 0:
@@ -300,31 +360,46 @@ class Chain:
         logger.warning("%s; trying another server", fault)
 
     async def _call(self, hop: Hop, call: SpanCall) -> SpanResult:
-        """One call to one server.
+        """One forward or backward on one server.
 
         Raises:
             PeerFault: it failed in a way that another server may not.
         """
         began = time.monotonic()
+        reply, answer = await self._exchange(hop, replace(call, remaining_ms=self._remaining_ms()).to_message(), call.answer_bytes)
+        try:
+            result = SpanResult.from_message(reply, call)
+        except WireError as error:
+            raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
+        seconds = time.monotonic() - began
+        self._totals(hop.peer).add(seconds, result.times, answer)
+        self._directory.succeeded(hop, seconds, call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1])
+        return result
+
+    def _remaining_ms(self) -> int:
+        return max(1, int(self.settings.call_timeout_s * 1000))
+
+    async def _exchange(self, hop: Hop, message: Message, answer_bytes: int) -> tuple[Message, Incoming]:
+        """One message to one server, and its answer, which is no fault.
+
+        Raises:
+            PeerFault: it failed in a way that another server may not.
+        """
         self.counters.calls += 1
         totals = self._totals(hop.peer)
         totals.calls += 1
-        request = encode(replace(call, remaining_ms=max(1, int(self.settings.call_timeout_s * 1000))).to_message(), answer_bytes=call.answer_bytes)
+        request = encode(message, answer_bytes=answer_bytes)
         totals.bytes_up += len(request.header) + request.body_bytes
         try:
             answer = await self._transport.call(hop.peer, request, self.settings.call_timeout_s)
             reply = decode(answer)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
-            result = SpanResult.from_message(reply, call)
         except TransportError as error:
             raise PeerFault(hop.peer, hop.span, str(error)) from error
         except WireError as error:
             raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
-        seconds = time.monotonic() - began
-        totals.add(seconds, result.times, answer)
-        self._directory.succeeded(hop, seconds, call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1])
-        return result
+        return reply, answer
 
     def _totals(self, peer: str) -> ServerTotals:
         totals = self.counters.servers.get(peer)
@@ -367,6 +442,18 @@ class _Patience:
         """The error to raise, with all that is known."""
         because = f"; last failure: {self.last_fault}" if self.last_fault else ""
         return BlocksUnserved(f"{error.detail}; waited {self._limit_s:.0f} s{because}", error.missing)
+
+
+def _fitting(order: Sequence[int], names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], span: BlockSpan) -> list[int]:
+    """The first of ``order`` that one server holds and one answer takes."""
+    taken: list[int] = []
+    elements = 0
+    for index in order:
+        elements += math.prod(shapes[index])
+        if taken and (names[index][0] not in span or len(taken) == MAX_INITIAL or elements > INITIAL_ELEMENTS):
+            break
+        taken.append(index)
+    return taken
 
 
 def _as_error(hop: Hop, fault: Fault) -> PeerFault | NonFinite | KwargError:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from swarmtune.remote.chain import Batch, Chain, KwargPlan, Leg, MicroResult, micro_batches
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import BlockSpan
-from swarmtune.wire.messages import AdapterSpec
+from swarmtune.wire.messages import AdapterSpec, DropoutSeed
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ class BodyCall:
     chain: Chain
     plans: tuple[KwargPlan, ...]
     adapter: AdapterSpec | None
+    seed: int | None = None
 
     def cut(self, hidden_BTH: Tensor, tensors: Sequence[Tensor]) -> list[Batch]:
         """Micro-batches: kwargs with a batch axis are cut with the rows, the others are shared. A pure function of shapes and settings."""
@@ -36,7 +37,8 @@ class BodyCall:
                 tensor if (axis := plan.axes.get("batch")) is None else tensor.narrow(axis, start, rows)
                 for plan, tensor in zip(self.plans, tensors, strict=True)
             ]
-            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, tuple(part.detach() for part in parts), self.adapter))
+            dropout = None if self.seed is None else DropoutSeed(self.seed, start)
+            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, tuple(part.detach() for part in parts), self.adapter, dropout))
         return found
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:

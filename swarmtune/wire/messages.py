@@ -25,6 +25,7 @@ class CallKind(StrEnum):
     INFO = "info"
     FORWARD = "forward"
     BACKWARD = "backward"
+    INITIAL = "initial"
 
 
 class FaultCode(StrEnum):
@@ -44,22 +45,25 @@ DETERMINISTIC = frozenset({FaultCode.BAD_REQUEST, FaultCode.UNSUPPORTED, FaultCo
 """Faults that another honest server would answer as well: they are raised, not retried."""
 
 
-def _text(value: object, what: str, limit: int = 256) -> str:
+def text(value: object, what: str, limit: int = 256) -> str:
+    """A peer's short printable string."""
     if not isinstance(value, str) or len(value) > limit or not value.isprintable():
         raise WireError(f"{what} must be a string of at most {limit} printable characters")
     return value
 
 
-def _integer(value: object, what: str, low: int = 0, high: int = 1 << 40) -> int:
+def integer(value: object, what: str, low: int = 0, high: int = 1 << 40) -> int:
+    """A peer's bounded whole number."""
     if type(value) is not int or not low <= value <= high:
         raise WireError(f"{what} must be an integer from {low} to {high}")
     return value
 
 
-def _span(value: object, what: str) -> BlockSpan:
+def block_span(value: object, what: str) -> BlockSpan:
+    """A peer's ``[start, stop]``."""
     if not isinstance(value, list) or len(value) != 2:
         raise WireError(f"{what} must be [start, stop]")
-    start, stop = (_integer(item, what, 0, 1 << 20) for item in value)
+    start, stop = (integer(item, what, 0, 1 << 20) for item in value)
     try:
         return BlockSpan(start, stop)
     except UsageError as error:
@@ -109,18 +113,42 @@ class CallKwarg:
         if not isinstance(item, list) or len(item) != 4:
             raise WireError("a kwarg entry must be [name, axes, [start, stop], requires_grad]")
         name, axes, blocks, requires_grad = item
-        name = _text(name, "a kwarg's name", 512)
+        name = text(name, "a kwarg's name", 512)
         if not isinstance(axes, dict) or not set(axes) <= set(AXES):
             raise WireError(f"kwarg {name!r}: axes may be batch and sequence")
-        checked = {cast(Axis, axis): _integer(dimension, f"kwarg {name!r}: {axis} axis", 0, tensor.dim() - 1) for axis, dimension in axes.items()}
+        checked = {cast(Axis, axis): integer(dimension, f"kwarg {name!r}: {axis} axis", 0, tensor.dim() - 1) for axis, dimension in axes.items()}
         if len(set(checked.values())) != len(checked):
             raise WireError(f"kwarg {name!r}: batch and sequence cannot be the same axis")
         if not isinstance(requires_grad, bool) or (requires_grad and not tensor.is_floating_point()):
             raise WireError(f"kwarg {name!r}: only a floating-point tensor can ask for a gradient")
-        return cls(name, tensor, checked, _span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
+        return cls(name, tensor, checked, block_span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
 
 
-_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad"})
+_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout"})
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutSeed:
+    """What makes the masks of one call: the same on every server, whenever it is computed again.
+
+    Attributes:
+        seed: of the body call, from 0 to 2**63 - 1.
+        first_row: number of the micro-batch's first row in the batch.
+    """
+
+    seed: int
+    first_row: int = 0
+
+    def to_json(self) -> list[int]:
+        """``[seed, first_row]``."""
+        return [self.seed, self.first_row]
+
+    @classmethod
+    def from_json(cls, item: object) -> DropoutSeed:
+        """Check a peer's."""
+        if not isinstance(item, list) or len(item) != 2:
+            raise WireError("dropout must be [seed, first_row]")
+        return cls(integer(item[0], "a dropout seed", 0, (1 << 63) - 1), integer(item[1], "a first row"))
 
 
 def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) -> int:
@@ -150,6 +178,7 @@ class SpanCall:
         grad_BTH: gradient of the loss by the output of the last block; ``None`` for a forward.
         input_grad: whether a backward returns the gradient by ``hidden_BTH``.
         remaining_ms: how long the caller will still wait.
+        dropout: the adapter trains with dropout, by this seed.
     """
 
     span: BlockSpan
@@ -160,6 +189,7 @@ class SpanCall:
     grad_BTH: Tensor | None = None
     input_grad: bool = False
     remaining_ms: int = 300_000
+    dropout: DropoutSeed | None = None
 
     @property
     def answer_bytes(self) -> int:
@@ -176,6 +206,8 @@ class SpanCall:
         }
         if self.adapter is not None:
             fields["adapter"] = dict(self.adapter.config)
+        if self.dropout is not None:
+            fields["dropout"] = self.dropout.to_json()
         tensors = {"hidden": self.hidden_BTH}
         kind = CallKind.FORWARD
         if self.grad_BTH is not None:
@@ -212,18 +244,18 @@ class SpanCall:
         input_grad = fields.get("input_grad", False)
         if not isinstance(input_grad, bool):
             raise WireError("input_grad must be true or false")
-        adapter = fields.get("adapter")
-        kwargs = tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries))
+        adapter, dropout = fields.get("adapter"), fields.get("dropout")
         _check_answer_size(hidden, kwargs, grad is not None)
         return cls(
-            span=_span(fields.get("span"), "span"),
-            model=_text(fields.get("model"), "model"),
+            span=block_span(fields.get("span"), "span"),
+            model=text(fields.get("model"), "model"),
             hidden_BTH=hidden,
             kwargs=kwargs,
             adapter=None if adapter is None else AdapterSpec.from_json(adapter),
             grad_BTH=grad,
             input_grad=input_grad,
-            remaining_ms=_integer(fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32),
+            remaining_ms=integer(fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32),
+            dropout=None if dropout is None else DropoutSeed.from_json(dropout),
         )
 
 
@@ -244,7 +276,7 @@ class ServerTimes:
         """Read them from the fields of a result; a server may leave them out."""
         if "queue_us" not in fields and "compute_us" not in fields:
             return None
-        return cls(_integer(fields.get("queue_us"), "queue_us"), _integer(fields.get("compute_us"), "compute_us"))
+        return cls(integer(fields.get("queue_us"), "queue_us"), integer(fields.get("compute_us"), "compute_us"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -317,13 +349,13 @@ class Fault:
     @classmethod
     def from_message(cls, message: Message) -> Fault:
         """Check a peer's fault; an unknown code counts as internal, and unprintable characters are replaced."""
-        code = _text(message.fields.get("code"), "code")
+        code = text(message.fields.get("code"), "code")
         detail, block = message.fields.get("detail"), message.fields.get("block")
         if not isinstance(detail, str) or len(detail) > MAX_DETAIL:
             raise WireError(f"detail must be a string of at most {MAX_DETAIL} characters")
         printable = "".join(character if character.isprintable() else " " for character in detail)
         known = FaultCode(code) if code in FaultCode._value2member_map_ else FaultCode.INTERNAL
-        return cls(known, printable, None if block is None else _integer(block, "block", 0, 1 << 20))
+        return cls(known, printable, None if block is None else integer(block, "block", 0, 1 << 20))
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,23 +415,23 @@ class ServerInfo:
         Raises:
             WireError: a field is missing, of the wrong type, or does not fit the others.
         """
-        span = _span(fields.get("span"), "span")
-        num_blocks = _integer(fields.get("num_blocks"), "num_blocks", 1, 1 << 20)
+        span = block_span(fields.get("span"), "span")
+        num_blocks = integer(fields.get("num_blocks"), "num_blocks", 1, 1 << 20)
         digests, numeric = fields.get("block_digests"), fields.get("numeric")
         if not isinstance(digests, list) or len(digests) != len(span) or span.stop > num_blocks:
             raise WireError("a server's span, its digests and the number of blocks do not fit together")
         if not isinstance(numeric, dict) or len(numeric) > 32:
             raise WireError("a server's numeric class must be a short object")
         return cls(
-            model=_text(fields.get("model"), "model"),
+            model=text(fields.get("model"), "model"),
             num_blocks=num_blocks,
             span=span,
-            block_digests=tuple(_text(digest, "a block digest", 64) for digest in digests),
-            dtype=_text(fields.get("dtype"), "dtype", 32),
-            numeric_class=_text(fields.get("numeric_class"), "numeric_class", 64),
-            numeric={_text(key, "numeric"): _text(value, "numeric") for key, value in numeric.items()},
-            version=_text(fields.get("version"), "version", 64),
-            name=_text(fields.get("name", ""), "name", 128),
-            rate_tok_s=_integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
-            family=_text(fields.get("family", ""), "family", 128),
+            block_digests=tuple(text(digest, "a block digest", 64) for digest in digests),
+            dtype=text(fields.get("dtype"), "dtype", 32),
+            numeric_class=text(fields.get("numeric_class"), "numeric_class", 64),
+            numeric={text(key, "numeric"): text(value, "numeric") for key, value in numeric.items()},
+            version=text(fields.get("version"), "version", 64),
+            name=text(fields.get("name", ""), "name", 128),
+            rate_tok_s=integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
+            family=text(fields.get("family", ""), "family", 128),
         )

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from swarmtune.adapters.adapter import PeftAdapter
+from swarmtune.adapters.adapter import offline_adapter
 from swarmtune.cli import VERBS, main
 from swarmtune.commands import export
 from swarmtune.commands.arguments import Parser
@@ -235,7 +235,7 @@ def flip(path: Path) -> None:
 def trained(bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory as training leaves it: a final adapter, and checkpoints with other values."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    adapter = PeftAdapter(load_config(str(bloom)), lora("bloom"), str(bloom))
+    adapter = offline_adapter(load_config(str(bloom)), lora("bloom"), str(bloom))
     for place, seed in (("checkpoints/step=5", 5), ("checkpoints/step=10", 10), (".", 10)):
         torch.manual_seed(seed)
         with torch.no_grad():
