@@ -167,6 +167,8 @@ class Span:
 
     def _bind_argument(self, program: Program, call: SpanCall, kwarg: CallKwarg, leaf: Tensor, bound: Bound) -> None:
         taken = inspect.signature(program.parent.forward).parameters
+        if kwarg.name in ROW_ARGUMENTS and kwarg.name not in taken:
+            raise KwargError(f"{type(program.parent).__name__} takes no {kwarg.name}")
         if kwarg.name not in taken or kwarg.name in NOT_ARGUMENTS:
             raise KwargError(
                 f"kwarg {kwarg.name!r:.100} is no argument of {type(program.parent).__name__}, and no parameter, adapter tensor or prompt of a block"

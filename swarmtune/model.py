@@ -252,7 +252,6 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
     model.body = body
     model.adapter = adapter  # type: ignore[assignment]
     if adapter is not None:
-        model._modules = {"adapter": adapter, **model._modules}  # parameters of stem and head that learn go by the adapter's names
         if adapter.peft is not None and adapter.peft.wrapped is not None:
             model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
         if (rule := adapter.regularise()) is not None:

@@ -67,7 +67,11 @@ SENTENCES = {
     f"{RECIPE} data=notes.jsonl.gz": "data: no such file or directory: notes.jsonl.gz",
     f"{RECIPE} data.validation_path=/no/such.csv": "data.validation_path: no such file or directory: /no/such.csv",
     f"{RECIPE} model=": "model.path must not be empty",
-    f"{RECIPE} adapter.lora_dropout=0.1": "lora_dropout=0.1 is not supported, because a recomputed mask would differ: set lora_dropout=0",
+    f"{RECIPE} adapter=loha adapter.rank_dropout=0.1": "rank_dropout=0.1 of LoHaConfig is not supported, because its mask comes from global random "
+    "numbers and a recomputed one would differ: set rank_dropout=0",
+    f"{RECIPE} adapter=deep_prompts adapter.num_tokens=0": "num_tokens of deep prompts must be an integer from 1 to 16384, got 0",
+    f"{RECIPE} adapter=bitfit adapter.parameter=[a]": "there is no key adapter.parameter; did you mean adapter.parameters?",
+    f"{RECIPE} adapter.peft_type=OSF": "adapters of type OSF are not supported, because it takes the body's weights apart and trains parts of them",
     f"{RECIPE} trainer.devices=2": "trainer.devices=2 is not supported: training is one process on one device (the servers do the work); use 1",
     f"{RECIPE} data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
     f"{RECIPE} +data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",

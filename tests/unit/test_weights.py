@@ -42,7 +42,7 @@ def blocks_of(path: Path, start: int = 0, stop: int = 2, dtype: torch.dtype = to
 
 def ends_of(path: Path) -> torch.nn.Module:
     config = load_config(str(path))
-    return client._load_ends(str(path), config, check_identity(config), torch.float32, torch.device("cpu"))
+    return client._load_ends(str(path), config, check_identity(config), "causal_lm", torch.float32)[0]
 
 
 def weight_map(path: Path) -> dict[str, str]:
