@@ -181,7 +181,7 @@ def check_data(config: Config) -> None:
     Raises:
         UsageError: what is missing, and what is there.
     """
-    if config.data.source is not Source.DATASET:
+    if config.data.source is Source.PYTHON_TOPICS:
         return  # nothing can be missing
     from swarmtune.train.sources import SOURCE_KEYS, make_sources
 

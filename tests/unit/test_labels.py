@@ -12,12 +12,13 @@ import torch
 from transformers import AutoTokenizer
 
 from swarmtune.errors import UsageError
+from swarmtune.train.callbacks import Meter
 from swarmtune.train.data import TextDataModule
 from swarmtune.train.module import CausalLMModule, ClassifierModule
 from swarmtune.train.python_library import PACKAGES, python_packages
 from swarmtune.train.rows import LabelRows, TextRows
 from swarmtune.train.sources import DatasetSource
-from tests.unit.stand_in import classifier_stand_in, quiet_trainer
+from tests.unit.stand_in import Traffic, classifier_stand_in, quiet_trainer
 
 POCKET = str(Path(__file__).parents[2] / "swarmtune" / "assets" / "pocket_bloom")
 TEXTS = [(f"{word} text number {index}", kind) for index in range(20) for word, kind in (("good", "yes"), ("bad", "no"))]
@@ -162,3 +163,13 @@ def test_labelled_texts_are_no_data_for_a_language_model(tiny_model: Path, tmp_p
     data = module(write(tmp_path / "a.jsonl"))
     with pytest.raises(UsageError, match=r"data\.format=labels is for a classifier: use recipe=lora_classify"):
         CausalLMModule(torch.nn.Linear(1, 1))(**data.windows["train"].batch([0, 1]))
+
+
+def test_a_checkpoint_keeps_the_accuracies_seen_so_far() -> None:
+    meter, resumed = Meter(Traffic, 0.0), Meter(Traffic, 0.0)
+    meter.val_losses, meter.val_accuracies = [(0, 1.5), (4, 1.0)], [(0, 0.25), (4, 0.75)]
+    state = meter.state_dict()
+    resumed.load_state_dict(state)
+    assert resumed.val_accuracies == meter.val_accuracies
+    resumed.load_state_dict({name: value for name, value in state.items() if name != "val_accuracies"})  # one of an older run
+    assert resumed.val_accuracies == []

@@ -157,3 +157,10 @@ def test_a_chat_of_ones_own_in_every_wording(tiny_model: Path, tmp_path: Path) -
     assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text() == (tmp_path / "t.jinja").read_text()
     stream = ["data.streaming=true", "data.shuffle_windows=7", "trainer.max_steps=2", "data.prompt_column=q", "data.completion_column=a"]
     run("lora_chat", tiny_model, tmp_path / "stream", f"data={tmp_path / 'own.jsonl'}", *stream)
+
+
+def test_a_python_without_its_sources_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match="this Python comes without the sources of its library"):
+        app.check_data(load_config(["recipe=lora_chat"]))
+    app.check_data(load_config(["recipe=lora_bloom"]))
