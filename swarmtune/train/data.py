@@ -26,6 +26,7 @@ from swarmtune.train.labels import LabelForm
 from swarmtune.train.loader import InOrder, ResumableLoader, RowBatches
 from swarmtune.train.prepare import load_tokenizer, prepare, tokenizer_digest
 from swarmtune.train.preparing import Preparing
+from swarmtune.train.run_dir import CHAT_TEMPLATE, LABELS
 from swarmtune.train.sources import SOURCE_KEYS, make_sources
 from swarmtune.train.stream import StreamBatches, stream_rows
 from swarmtune.train.windows import Batch
@@ -170,9 +171,9 @@ class TextDataModule(LightningDataModule):
     def companions(self) -> dict[str, str]:
         """Files that belong beside the trained adapter, as text by name: the chat template, or the names of the classes."""
         if isinstance(self.form, ChatForm):
-            return {"chat_template.jinja": self.form.template(load_tokenizer(self.tokenizer)).text}
+            return {CHAT_TEMPLATE: self.form.template(load_tokenizer(self.tokenizer)).text}
         if isinstance(self.form, LabelForm):
-            return {"labels.json": json.dumps(self.labels, ensure_ascii=False) + "\n"}
+            return {LABELS: json.dumps(self.labels, ensure_ascii=False) + "\n"}
         return {}
 
     def fingerprint(self) -> str:

@@ -290,6 +290,14 @@ def test_a_run_that_has_not_reached_its_end_gives_its_newest_checkpoint(trained:
     assert "holds no adapter" in refused(["export", "run", "c"], capsys)
 
 
+def test_what_stands_beside_an_adapter_goes_with_it(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained / "adapter", here / "adapter")
+    (here / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    said(["export", "adapter", "out", "--model", yaml.safe_load((trained / "config.yaml").read_text())["model"]["path"]], capsys)
+    assert (here / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "chat_template.jinja" in json.loads((here / "out" / export.MARKER).read_text())["files"]
+
+
 def test_a_damaged_checkpoint_is_never_exported(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(trained, here / "run")
     (run / "summary.json").unlink()
