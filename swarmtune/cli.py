@@ -204,6 +204,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("trained", f"{summary['recipe']} on {summary['model']}, {summary['steps']} steps"),
         ("parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
     ]
+    if summary.get("val_accuracy_before") is not None and summary.get("val_accuracy_after") is not None:
+        facts.append(("held-out accuracy", f"{summary['val_accuracy_before']:.1%} -> {summary['val_accuracy_after']:.1%}"))
     if summary["val_ppl_before"] is not None and summary["val_ppl_after"] is not None:
         facts.append(("held-out perplexity", f"{summary['val_ppl_before']:,.1f} -> {summary['val_ppl_after']:,.1f}"))
     retries = f", {summary['retries']} retries" if summary["retries"] else ""
@@ -218,10 +220,13 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _loading_lines(summary: dict[str, Any]) -> str:
+    kind, classes = "AutoModelForCausalLM", ""
+    if summary.get("labels"):
+        kind, classes = "AutoModelForSequenceClassification", f", num_labels={len(summary['labels'])}"
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n"
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({summary['model']!r}), {summary['adapter_dir']!r})"
+        f"from transformers import {kind}\n"
+        f"model = PeftModel.from_pretrained({kind}.from_pretrained({summary['model']!r}{classes}), {summary['adapter_dir']!r})"
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from swarmtune.commands.arguments import Parser
 from swarmtune.errors import UsageError
 from swarmtune.files import write_json
-from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, CONFIG, FACTS, LOCK, SUMMARY
+from swarmtune.train.run_dir import ADAPTER, CHAT_TEMPLATE, CHECKPOINTS, CONFIG, FACTS, LABELS, LOCK, SUMMARY
 from swarmtune.train.saved_state import MANIFEST, STATE, find_damage, newest_checkpoint, step_folders, step_of
 
 if TYPE_CHECKING:
@@ -186,6 +186,9 @@ def _placed(found: Found, model: str, destination: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
         target = temporary / destination.name
         yield target
+        for name in (CHAT_TEMPLATE, LABELS):
+            if (found.folder / name).is_file():
+                shutil.copyfile(found.folder / name, target / name)
         _mark(target, found)
         _replace(target, destination)
     except OSError as error:
