@@ -110,11 +110,9 @@ def check_config(config: Config, *, adapter_given: bool) -> None:
             existing_path(f"data.{name}", given)
     check_trainer_flags(config.trainer)
     if adapter_given:
-        from swarmtune.adapters.tuners import check_supported
+        from swarmtune.adapters.adapter import check
 
-        chosen = peft_config(config.adapter)
-        if not isinstance(chosen, str):
-            check_supported(chosen)
+        check(peft_config(config.adapter))
 
 
 def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:

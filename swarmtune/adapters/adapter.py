@@ -30,6 +30,7 @@ from swarmtune.adapters.parts import (
     read_own_config,
 )
 from swarmtune.adapters.peft_part import CONFIG_FILE, PeftPart, read_config
+from swarmtune.adapters.tuners import check_supported
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.skeleton import LayerSite, build_skeleton, find_layers
 from swarmtune.types import Kwarg
@@ -245,6 +246,17 @@ def parse(adapter: object) -> list[Recipe]:
     recipes.sort(key=lambda recipe: not isinstance(recipe[0], PeftConfig))
     _check_mix(recipes)
     return recipes
+
+
+def check(adapter: object) -> None:
+    """Check what can be checked of ``adapter=`` without a model.
+
+    Raises:
+        UsageError: what ``parse`` raises, and types and settings that are not supported.
+    """
+    for config, _ in parse(adapter):
+        if isinstance(config, PeftConfig):
+            check_supported(config)
 
 
 def _check_mix(recipes: Sequence[Recipe]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,9 +78,25 @@ class AdapterModule(LightningModule):
         """Stop before a gradient that is not finite reaches the weights; fp16's loss scaler handles its own."""
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return
-        for name, parameter in self.learnable().items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise NonFinite(f"the gradient of {name} is not finite at step {self.global_step}; its weights are unchanged")
+        bad = [name for name, parameter in self.learnable().items() if parameter.grad is not None and not torch.isfinite(parameter.grad).all()]
+        if bad:
+            blocks = {int(found[1]): name for name in reversed(bad) if (found := re.search(r"\.(\d+)\.", name))}
+            # Gradients run from the last block to the first, so the last bad block is where it began.
+            name = blocks[max(blocks)] if blocks else bad[0]
+            where = f", first in block {max(blocks)} (gradients run from the last block to the first)" if blocks else ""
+            raise NonFinite(
+                f"{len(bad)} gradients are not finite at step {self.global_step}{where}: {name}; all weights are unchanged: try a lower optimizer.lr, "
+                "trainer.gradient_clip_val, or servers that compute in float32",
+                max(blocks) if blocks else None,
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, and then the tuner's own rule (AdaLoRA moves ranks between modules) while the gradients are there."""
+        step = self.global_step
+        super().optimizer_step(*args, **kwargs)
+        after_step = getattr(getattr(self.model, "adapter", None), "after_step", None)
+        if after_step is not None:
+            after_step(step)
 
     def log_validation(self, **values: float) -> None:
         """Log what a whole validation gave."""
@@ -116,6 +133,13 @@ class AdapterModule(LightningModule):
         """Keep only what learns."""
         kept = self.learnable()
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in kept}
+        rule_state = getattr(getattr(self.model, "adapter", None), "rule_state", None)
+        checkpoint["adapter_rule"] = rule_state() if rule_state is not None else {}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the tuner's rule go on where it was."""
+        if checkpoint.get("adapter_rule"):
+            self.model.adapter.load_rule_state(checkpoint["adapter_rule"])
 
 
 class CausalLMModule(AdapterModule):

@@ -15,8 +15,8 @@ from peft import IA3Config, PeftConfig, PeftType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
-from servers.quantize import held_bytes
 from servers.program import MAX_PROGRAMS
+from servers.quantize import held_bytes
 from swarmtune import Kwarg
 from swarmtune.adapters.tuners import OVER_QUANTISED, check_over_quantised
 from swarmtune.errors import AdapterUnsupported, KwargError, SwarmMismatch
