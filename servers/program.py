@@ -218,8 +218,9 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        known = {given.untyped_storage().data_ptr() for given in args if isinstance(given, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor._base is None and not any(tensor is given for given in args):
+            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage().data_ptr() not in known:
                 self._left -= tensor.untyped_storage().nbytes()
         if self._left < 0:
             raise WireError("making this adapter would take more memory than a server gives to one: use smaller ranks")

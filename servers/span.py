@@ -7,7 +7,8 @@ all other programs, and the client's tensors take the place of its learnable one
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ NOT_ARGUMENTS = frozenset(
 """Parameters of the library's forward that are no kwargs of a call: the input itself, caches, and what is to be returned."""
 ROW_ARGUMENTS = ("attention_mask", "position_ids")
 """Arguments of shape (batch, sequence)."""
+FLOAT16_PEAK = 8
+"""Power of two to which gradients are scaled before they enter a float16 span; its numbers reach to 2**15."""
 PREFIX = ("prefix.key", "prefix.value")
 
 
@@ -101,12 +104,11 @@ class Span:
             return SpanResult(None)
         with torch.enable_grad():
             output_BTH = self._run(program, bound, call, hidden_BTH)
+        grads: Sequence[Tensor | None] = (None,) * len(wanted)
         if output_BTH.requires_grad:
-            grads: tuple[Tensor | None, ...] = torch.autograd.grad(output_BTH, wanted, call.grad_BTH.to(self.device, self.dtype), allow_unused=True)
-        else:
-            grads = (None,) * len(wanted)
+            grads = _grads(output_BTH, wanted, call.grad_BTH.to(self.device))
         filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
-        input_grad = filled.pop().to("cpu", call.hidden_BTH.dtype) if call.input_grad else None
+        input_grad = filled.pop().to("cpu", call.grad_BTH.dtype) if call.input_grad else None
         return SpanResult(input_grad, _by_kwarg(call, bound, filled))
 
     def initial(self, call: InitialCall) -> InitialResult:
@@ -272,6 +274,27 @@ class Span:
                 hook.remove()
         block = bad[0] if bad else None
         raise NonFinite(f"the output of block {block} is not finite, and its input is" if bad else "the output of the span is not finite", block)
+
+
+def _grads(output_BTH: Tensor, wanted: Sequence[Tensor], grad_BTH: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of ``wanted``. Through a float16 span they travel scaled by a power of two, which is taken out again in float32.
+
+    Without it, gradients below 6e-8 would become zero on the way. The scale brings the largest value to about ``2**FLOAT16_PEAK``; where something
+    overflows, a smaller one is tried, and what overflows even unscaled is returned as it is.
+    """
+    if output_BTH.dtype is not torch.float16:
+        return torch.autograd.grad(output_BTH, wanted, grad_BTH.to(output_BTH.dtype), allow_unused=True)
+    grad_BTH = grad_BTH.float()
+    peak = float(grad_BTH.abs().amax())
+    exponent = FLOAT16_PEAK - math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
+    tries = [exponent, exponent - 8, exponent - 16]
+    for shift in tries:
+        scaled = torch.autograd.grad(
+            output_BTH, wanted, torch.ldexp(grad_BTH, torch.tensor(shift)).to(torch.float16), allow_unused=True, retain_graph=shift != tries[-1]
+        )
+        if all(grad is None or bool(torch.isfinite(grad).all()) for grad in scaled):
+            break
+    return [None if grad is None else torch.ldexp(grad.float(), torch.tensor(-shift)) for grad in scaled]
 
 
 class _Caller(nn.Module):

@@ -112,7 +112,9 @@ def check_config(config: Config, *, adapter_given: bool) -> None:
     if adapter_given:
         from swarmtune.adapters.adapter import check
 
-        check(peft_config(config.adapter))
+        chosen = peft_config(config.adapter)
+        if not isinstance(chosen, str):
+            check(chosen)
 
 
 def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:

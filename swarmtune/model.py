@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.adapter import Adapter, make_adapter, parse
+from swarmtune.adapters.adapter import Adapter, head_of, make_adapter, parse, saved_labels
 from swarmtune.adapters.injection import HEAD_OF_TASK, weightless
 from swarmtune.adapters.parts import HeadConfig
 from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
@@ -133,11 +133,12 @@ def _load(
     compare_weights(name, config, site, opened.directory)
     served = _dtype(opened.dtype)
     body = RemoteBody(swarm.loop, opened.chain, site.num_blocks, hidden_size(config))
-    loaded, site = _load_ends(name, _with_labels(config, num_labels), site, head, _dtype(dtype) if dtype is not None else served)
+    labels = num_labels if num_labels is not None or head == "causal_lm" else saved_labels(recipes)
+    loaded, site = _load_ends(name, _with_labels(config, labels), site, head, _dtype(dtype) if dtype is not None else served)
     own = None
     if recipes:
         names = {id(module): module_name for module_name, module in loaded.named_modules()}
-        own = make_adapter(recipes, weightless(loaded, served), site, name, body.initial, names.get(id(_head_of(loaded)), ""))
+        own = make_adapter(recipes, weightless(loaded, served), site, name, body.initial, names.get(id(head_of(loaded)), ""))
         if own.spec is not None:
             check_over_quantised(kind_over_base(own.spec), opened.quantisation, opened.dtype)
     _attach(loaded, site, body, own)
@@ -169,14 +170,6 @@ def _with_labels(config: PretrainedConfig, num_labels: int | None) -> Pretrained
         config = copy.deepcopy(config)
         config.num_labels = num_labels
     return config
-
-
-def _head_of(model: PreTrainedModel) -> nn.Module | None:
-    """The module behind the body that learns as the head: the one that gives logits."""
-    output = model.get_output_embeddings()
-    if output is not None:
-        return output
-    return next((module for name, module in model.named_children() if name in ("score", "classifier") and isinstance(module, nn.Linear)), None)
 
 
 def _train_learning_parts(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:

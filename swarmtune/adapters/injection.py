@@ -270,6 +270,8 @@ def _resize(model: PreTrainedModel, site: LayerSite, ranks: object) -> None:
 
 def fresh(model_config: PretrainedConfig, config: PeftConfig) -> PeftModel:
     """PEFT's layers in a skeleton without weights, for values to be put into; as little as possible is initialised, for that may take long."""
+    model_config = copy.deepcopy(model_config)
+    model_config.dtype = torch.float32  # copies of norms and biases must not be rounded to the type of the model
     skeleton = build_skeleton(model_config, HEAD_OF_TASK.get(str(getattr(config.task_type, "value", config.task_type)), "causal_lm"))
     tuner = TUNERS.get(kind_of(config))
     if tuner is None or tuner.materialised or getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None):

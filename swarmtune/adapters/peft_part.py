@@ -200,7 +200,8 @@ class PeftPart:
     def after_step(self, step: int) -> None:
         """PEFT's rule for the end of an optimizer step, gradients still there: AdaLoRA moves ranks between modules."""
         grads = [parameter.grad for parameter in self.parameters.values()]
-        if self._tuner is not None and all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads):  # a loss scaler skips such steps too
+        # A loss scaler skips steps whose gradients are not finite, and so does the rule.
+        if self._tuner is not None and all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads):
             self._tuner.update_and_allocate(step)
 
     def rule_state(self) -> dict[str, Any]:

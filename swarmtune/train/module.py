@@ -83,9 +83,9 @@ class AdapterModule(LightningModule):
             blocks = {int(found[1]): name for name in reversed(bad) if (found := re.search(r"\.(\d+)\.", name))}
             # Gradients run from the last block to the first, so the last bad block is where it began.
             name = blocks[max(blocks)] if blocks else bad[0]
-            where = f", first in block {max(blocks)} (gradients run from the last block to the first)" if blocks else ""
+            where = f", first in block {max(blocks)} (they run from the last block to the first)" if blocks else ""
             raise NonFinite(
-                f"{len(bad)} gradients are not finite at step {self.global_step}{where}: {name}; all weights are unchanged: try a lower optimizer.lr, "
+                f"{len(bad)} gradients are not finite at step {self.global_step}{where}: {name}; weights are unchanged: try a lower optimizer.lr, "
                 "trainer.gradient_clip_val, or servers that compute in float32",
                 max(blocks) if blocks else None,
             )
