@@ -82,10 +82,18 @@ class Programs:
         program = self._kept.get(key)
         if program is None:
             program = self._kept[key] = self._build(span, adapter)
-            while len(self._kept) > 1 and (len(self._kept) > MAX_PROGRAMS or self.own_bytes > MAX_PROGRAM_BYTES):
-                self._kept.popitem(last=False)
+            self._evict(key)
         self._kept.move_to_end(key)
         return program
+
+    def _evict(self, newest: tuple[BlockSpan, str]) -> None:
+        """Let the least recently used go: of all where there are too many, of those that hold memory where it is too much."""
+        while len(self._kept) > MAX_PROGRAMS:
+            self._kept.popitem(last=False)
+        for key in [key for key, program in self._kept.items() if program.own_bytes and key != newest]:
+            if self.own_bytes <= MAX_PROGRAM_BYTES:
+                break
+            del self._kept[key]
 
     def _build(self, span: BlockSpan, adapter: AdapterSpec | None) -> Program:
         model = build_skeleton(self._config)
@@ -107,7 +115,7 @@ class Programs:
             if adapter is not None:
                 dropouts += seed_dropouts(layer, block)
         init_buffers(parent, model, self._device, {id(item.tensor) for item in tensors})
-        coming = [item for item in tensors if adapter is not None and travels(adapter, item.tensor)]
+        coming = [item for item in tensors if adapter is not None and travels(adapter, item)]
         lost = [
             item.name
             for item in tensors
@@ -122,10 +130,11 @@ class Programs:
 
     def _inject(self, model: PreTrainedModel, span: BlockSpan, adapter: AdapterSpec) -> Injected:
         tuner = TUNERS.get(str(adapter.config.get("peft_type")))
+        blocks = range(span.start, span.stop)
         if tuner is None or not tuner.materialised:
-            return inject_plain(model, adapter, self._site, None, meta=True)
+            return inject_plain(model, adapter, self._site, blocks, meta=True)
         with _bounded(MAX_INJECTED_BYTES), torch.random.fork_rng(devices=[]):
-            return inject_plain(weightless(model, self._dtype), adapter, self._site, range(span.start, span.stop), meta=False)
+            return inject_plain(weightless(model, self._dtype), adapter, self._site, blocks, meta=False)
 
     def _own(self, parent: nn.Module, span: BlockSpan) -> int:
         lent = {id(tensor) for block in range(span.start, span.stop) for _, tensor in named_tensors(self._weights.blocks[block])}

@@ -88,9 +88,12 @@ def tuner_tensors(model: PreTrainedModel, site: LayerSite, plain: frozenset[str]
     return tensors
 
 
-def travels(spec: AdapterSpec, tensor: Tensor) -> bool:
-    """Whether a tuner's tensor comes with each call; integer ones mostly follow from the configuration."""
-    return tensor.is_floating_point() or TUNERS[str(spec.config["peft_type"])].integers
+def travels(spec: AdapterSpec, item: TunerTensor) -> bool:
+    """Whether a tuner's tensor comes with each call; some, and most integer ones, follow from the configuration."""
+    tuner = TUNERS[str(spec.config["peft_type"])]
+    if not item.tensor.is_floating_point():
+        return tuner.integers
+    return not any(part in item.name.split(".") for part in tuner.computed)
 
 
 def derived(config: PeftConfig, name: str) -> bool:
@@ -152,7 +155,7 @@ def spec_of(injected: PeftModel, config: PeftConfig, site: LayerSite) -> Adapter
     if not inside and not copied:
         return None
     kind = kind_of(config)
-    if outside and kind in ("VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA", "UNILORA", "LILY"):
+    if outside and TUNERS[kind].joint:
         raise AdapterUnsupported(
             f"target module {outside[0]} lies outside the blocks, and {type(config).__name__} shares tensors between all of its modules: "
             "leave it out of target_modules"
@@ -225,7 +228,9 @@ def inject_plain(model: PreTrainedModel, spec: AdapterSpec, site: LayerSite, blo
     """
     plain = plain_names(model)
     tuner = TUNERS.get(str(spec.config.get("peft_type")))
-    config = rebuild(spec, site.prefix, None if tuner is None or tuner.joint else blocks)
+    targets = spec.config.get("modules")
+    near = isinstance(targets, list) and blocks is not None and any(str(name).partition(".")[0] in map(str, blocks) for name in targets)
+    config = rebuild(spec, site.prefix, blocks if near and tuner is not None and not tuner.joint else None)
     modules = dict(model.named_modules())
     for name in [*spec.config["modules"], *spec.config.get("copied", [])]:
         if site.prefix + name not in modules:
@@ -262,7 +267,7 @@ def _resize(model: PreTrainedModel, site: LayerSite, ranks: object) -> None:
     for name, rank in ranks.items():
         module: Any = model.get_submodule(site.prefix + name)
         if not hasattr(module, "lora_E"):
-            raise WireError(f"{name} has no rank to set")
+            continue  # of a block that is not asked for
         rows, columns = module.lora_A[ADAPTER_NAME].shape[1], module.lora_B[ADAPTER_NAME].shape[0]
         for holder, shape in ((module.lora_A, (rank, rows)), (module.lora_E, (rank, 1)), (module.lora_B, (columns, rank))):
             holder[ADAPTER_NAME] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)

@@ -136,7 +136,7 @@ class PeftPart:
         self._stand_in(site, plain, initial if saved is None else None)
         for item in tensors if self.spec is not None else ():
             assert self.spec is not None
-            if not travels(self.spec, item.tensor):
+            if not travels(self.spec, item):
                 continue
             name = names[id(item.tensor)]
             if name not in self.parameters:
