@@ -18,9 +18,11 @@ from swarmtune.adapters.adapter import PeftAdapter, load_adapter
 from swarmtune.adapters.tuners import check_over_quantised
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.own_weights import compare_weights
+from swarmtune.probe import as_output
 from swarmtune.remote.body import RemoteBody
-from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, hidden_size, init_buffers, load_config
-from swarmtune.weights import Checkpoint, fill
+from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, hidden_size, in_dtype, init_buffers, load_config
+from swarmtune.stored_model import StoredModel, fill
+from swarmtune.weights import Checkpoint
 
 if TYPE_CHECKING:
     from swarmtune.swarm import Swarm
@@ -37,19 +39,20 @@ _REFUSED = ("output_hidden_states", "output_attentions", "output_router_logits")
 class RemoteLayers(nn.Module):
     """Takes the place of all layers in the library's loop."""
 
-    def __init__(self, body: RemoteBody, adapter: PeftAdapter | None, returns_tuple: bool) -> None:
+    def __init__(self, body: RemoteBody, adapter: PeftAdapter | None, site: LayerSite) -> None:
         super().__init__()
+        vars(self).update(site.marks[0])
         # Not registered here: the model itself owns body and adapter under their public names.
         self._parts = (body, adapter)
-        self._returns_tuple = returns_tuple
+        self._output_items = site.output_items
         self.given = threading.local()
 
-    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """Run the remote body with the mask and positions that the model was called with, not with what the library derived from them."""
         body, adapter = self._parts
         mask, positions = getattr(self.given, "arguments", (None, None))
         output_BTH = body(hidden_BTH, mask, positions, kwargs=adapter.kwargs() if adapter else (), adapter=adapter.spec if adapter else None)
-        return (output_BTH,) if self._returns_tuple else output_BTH
+        return as_output(output_BTH, self._output_items)
 
     def watch(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the library's forward: keep what must travel, refuse what would come back wrong.
@@ -162,11 +165,12 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with everything but its layers loaded."""
-    model = build_skeleton(config)
+    model = build_skeleton(in_dtype(config, dtype))
+    stored = StoredModel(model, Checkpoint(name))
     setattr(model.get_submodule(site.parent_name), site.attribute, nn.ModuleList())
     tied = _tied(model)
     names = {key: key for key in model.state_dict() if key not in tied}
-    fill(model, names, Checkpoint(name), model.base_model_prefix, dtype, device)
+    fill(model, names, stored, device)
     model.tie_weights()
     init_buffers(model, model, device)
     return model.requires_grad_(False)
@@ -182,7 +186,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: PeftAdapter | None) -> None:
     parent = model.get_submodule(site.parent_name)
-    layers = RemoteLayers(body, adapter, site.returns_tuple)
+    layers = RemoteLayers(body, adapter, site)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
     # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.

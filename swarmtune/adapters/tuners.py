@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -215,6 +216,11 @@ def resolve(injected: PeftModel, config: PeftConfig) -> AdapterSpec:
     base = cast(PreTrainedModel, injected.get_base_model())
     site = find_layers(base)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    if fused := [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]:
+        raise AdapterUnsupported(
+            f"PEFT puts this adapter on the fused experts in {fused[0].removesuffix('.base_layer')}, which is not supported: leave names of expert "
+            "layers (such as gate_proj, up_proj, down_proj) out of target_modules"
+        )
     outside = [name for name in layers if site.split(name) is None]
     if outside:
         raise AdapterUnsupported(

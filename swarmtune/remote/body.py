@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from swarmtune.errors import KwargError
@@ -69,7 +70,7 @@ class RemoteBody(nn.Module):
             dimension = kwarg.axes.get(axis)  # type: ignore[call-overload]
             if dimension is not None and kwarg.tensor.shape[dimension] != length:
                 raise KwargError(f"kwarg {kwarg.name}: its {axis} axis has length {kwarg.tensor.shape[dimension]}, the hidden states have {length}")
-        return KwargPlan(kwarg.name, dict(kwarg.axes), kwarg.span(self.num_blocks), kwarg.tensor.requires_grad)
+        return KwargPlan(kwarg.name, dict(kwarg.axes), kwarg.span(self.num_blocks), kwarg.tensor.requires_grad and torch.is_grad_enabled())
 
 
 def _library(hidden_BTH: Tensor, **arguments: Tensor | None) -> list[Kwarg]:
