@@ -279,7 +279,7 @@ REFUSED = (
 def page() -> str:
     """docs/models.md."""
     rows = [
-        f"| {each.name} | {each.positions} | {each.attention} | {'yes' if each.experts else ''} | {_repair(each)} | {each.bound:.0e} |"
+        f"| {each.name} | {each.positions} | {each.attention} | {'yes' if each.experts else ''} | {_repair(each)} | {each.bound:g} |"
         for each in ARCHITECTURES
     ]
     refused = [f"| {each.name} | ... {each.refused} ... |" for each in REFUSED]

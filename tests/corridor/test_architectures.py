@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from servers.executor import Executor
 from servers.handler import CallHandler
-from swarmtune.errors import ModelUnsupported
+from swarmtune.errors import AdapterUnsupported, ModelUnsupported
 from swarmtune.skeleton import check_identity, find_layers
 from tests.architectures import ARCHITECTURES, LAYERS, REFUSED, TOKENS, Architecture
 from tests.harness import batch, loopback, make_handler, remote, set_values, trainable
@@ -125,4 +125,24 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(architecture: Architectur
     with pytest.raises(ModelUnsupported) as caught:
         check_identity(config)
     assert architecture.refused in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_constants_of_the_library_are_rounded_to_the_served_type_and_not_to_the_stored_one(tmp_path: Path) -> None:
+    """Gemma multiplies its embeddings by the root of 32, which bf16 cannot hold."""
+    architecture = next(each for each in ARCHITECTURES if each.name == "gemma")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(architecture.config()).to(torch.bfloat16).save_pretrained(tmp_path)
+    local = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with loopback(tmp_path, SPANS["three"]) as swarm:
+        assert torch.equal(remote(tmp_path, swarm)(**batch()).logits, local(**batch(), use_cache=False).logits)
+
+
+def test_an_adapter_that_peft_would_put_on_fused_experts_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    architecture = next(each for each in ARCHITECTURES if each.name == "qwen3_moe")
+    save(architecture, tmp_path)
+    adapter = LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    with loopback(tmp_path, SPANS["one"]) as swarm:
+        with pytest.raises(AdapterUnsupported, match=r"on the fused experts in model\.layers\.1\.mlp\.experts") as caught:
+            remote(tmp_path, swarm, adapter)
     assert "\n" not in str(caught.value)

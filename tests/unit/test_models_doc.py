@@ -42,7 +42,7 @@ def test_what_the_page_says_of_a_model_is_true_of_its_configuration(architecture
     slides = bool(widths) and min(widths) < TOKENS and (not types or "sliding_attention" in types or "local" in types)
     assert ("sliding window" not in architecture.attention) or slides
     assert ("soft-capped" in architecture.attention) == (getattr(config, "attn_logit_softcapping", None) is not None)
-    assert ("state space" in architecture.attention) == any(name.endswith(".A_log") for name in names)
+    assert ("state space" in architecture.attention) == any(name.endswith(".A_log") and ".linear_attn." not in name for name in names)
     assert architecture.experts == any("expert" in name or "moe" in name for name in names)
     assert all(getattr(config, name) != value for name, value in NEUTRAL_VALUES.get(architecture.model_type, {}).items() if hasattr(config, name))
 
