@@ -23,6 +23,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    LlamaModel,
     MambaConfig,
     MiniMaxConfig,
     OlmoConfig,
@@ -32,6 +33,7 @@ from transformers import (
     XGLMConfig,
     Zamba2Config,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import swarmtune
 from swarmtune.errors import ModelUnsupported, UsageError
@@ -107,6 +109,21 @@ def test_a_model_that_cannot_be_cut_exactly_is_refused_in_one_sentence(family: s
     with pytest.raises(ModelUnsupported, match=sentence) as caught:
         check_identity(config)
     assert "\n" not in str(caught.value)
+
+
+def test_what_layers_may_return_beside_hidden_states_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that hands on a second item, where there is one, runs with stand-ins that return none."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        hidden_BTH, second = inputs_embeds, None
+        for layer in self.layers:
+            output = layer(hidden_BTH, second)
+            hidden_BTH, second = output[0] if isinstance(output, tuple) else output, output[1] if isinstance(output, tuple) and output[1:] else None
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTH))
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(ModelUnsupported, match="gives its layer 1 other 0 in a span than in the whole model"):
+        check_identity(LlamaConfig(**ROTARY))
 
 
 def test_a_model_without_a_causal_head_is_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPTNeoXConfig, MixtralConfig
+from transformers.core_model_loading import WeightRenaming
 
 from servers.weights import load_blocks
 from swarmtune.errors import ModelUnsupported
@@ -129,3 +130,13 @@ def test_a_checkpoint_with_names_of_an_older_library_is_read(stored: dict[str, P
         model = build_skeleton(load_config(str(directory)))
         fill(model, {"lm_head.weight": "lm_head.weight"}, StoredModel(model, Checkpoint(str(directory))), torch.device("cpu"))
         assert torch.equal(model.lm_head.weight, load_file(path / SINGLE)["lm_head.weight"])
+
+
+def test_a_tensor_that_a_rule_would_rename_away_is_read_under_its_own_name(stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library does: checkpoints of the present may match rules made for older ones."""
+    monkeypatch.setattr("swarmtune.stored_model.get_model_conversion_mapping", lambda model: [WeightRenaming("attention", "elsewhere")])
+    path = stored["gpt_neox"]
+    model, name = build_skeleton(load_config(str(path))), "gpt_neox.layers.0.attention.dense.weight"
+    ((found, value),) = StoredModel(model, Checkpoint(str(path))).read([name])
+    assert found == name
+    assert torch.equal(value, load_file(path / SINGLE)[name])
