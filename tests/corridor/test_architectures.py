@@ -27,6 +27,15 @@ SPANS = {"one": [f"0:{LAYERS}"], "three": ["0:1", "1:2", f"2:{LAYERS}"]}
 PADDINGS = (None, "left", "right")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices of 32 columns are slower on several threads; the devices' threads that start from here on inherit it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def save(architecture: Architecture, directory: Path) -> None:
     """Random weights, large enough that every gradient matters; the row of the padding token is zero, as the library makes it."""
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from transformers import (
     BambaConfig,
     BertConfig,
     BloomConfig,
+    Cohere2Config,
     Gemma3nTextConfig,
     Gemma4TextConfig,
     GlmMoeDsaConfig,
@@ -124,6 +125,20 @@ def test_what_layers_may_return_beside_hidden_states_is_watched(monkeypatch: pyt
     monkeypatch.setattr(LlamaModel, "forward", forward)
     with pytest.raises(ModelUnsupported, match="gives its layer 1 other 0 in a span than in the whole model"):
         check_identity(LlamaConfig(**ROTARY))
+
+
+def test_masks_of_the_wrong_layers_are_found_whatever_the_width_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Cohere2Config(**ROTARY, sliding_window=4096, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    check_identity(config)
+
+    def without_slices(config: PretrainedConfig, start: int, stop: int, num_blocks: int) -> PretrainedConfig:
+        found = copy.deepcopy(config)
+        found.num_hidden_layers = stop - start
+        return found
+
+    monkeypatch.setattr("swarmtune.skeleton._slice_config", without_slices)
+    with pytest.raises(ModelUnsupported, match="gives its layer 1 other attention_mask in a span than in the whole model"):
+        check_identity(config)
 
 
 def test_a_model_without_a_causal_head_is_refused() -> None:
