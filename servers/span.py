@@ -22,7 +22,7 @@ from servers.dropout import DropoutPlan, active
 from servers.program import Program, Programs
 from servers.weights import BlockWeights
 from swarmtune.errors import KwargError, NonFinite
-from swarmtune.skeleton import LayerSite, call_span, hidden_size
+from swarmtune.skeleton import LayerSite, call_span, hidden_size, in_dtype
 from swarmtune.types import BlockSpan
 from swarmtune.wire.initial import InitialCall, InitialResult
 from swarmtune.wire.messages import CallKwarg, SpanCall, SpanResult
@@ -68,12 +68,15 @@ class Span:
     def __init__(
         self, config: PretrainedConfig, site: LayerSite, span: BlockSpan, weights: BlockWeights, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.config, self.site, self.span, self.weights = config, site, span, weights
+        self.config, self.site, self.span, self.weights = in_dtype(config, dtype), site, span, weights
         self.dtype, self.device = dtype, device
-        self.programs = Programs(config, site, weights, dtype, device)
+        self.programs = Programs(self.config, site, weights, dtype, device)
 
     def forward(self, call: SpanCall) -> SpanResult:
-        """Run the called blocks without a graph.
+        """Run the called blocks and keep no graph.
+
+        Where a backward will follow, each block is run with a graph, which ends with the block: torch picks other kernels with one than without (of
+        attention with a learned mask, of convolutions), and a local model would be run with one.
 
         Raises:
             KwargError: the call does not fit these blocks.
@@ -81,8 +84,8 @@ class Span:
         """
         program = self._program(call)
         bound = self._bind(program, call)
-        with torch.no_grad():
-            output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype))
+        with torch.set_grad_enabled(bool(bound.leaves)), _graph_per_block(program):
+            output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype)).detach()
             if not _finite(output_BTH, bound.arguments.get("attention_mask")):
                 self._blame(program, bound, call)
         return SpanResult(output_BTH.to("cpu", call.hidden_BTH.dtype))
@@ -373,6 +376,22 @@ def _prompts(program: Program, prompts: Mapping[int, Tensor]) -> Iterator[None]:
         return hook
 
     hooks = [program.layers[block - program.start].register_forward_pre_hook(adder(prompt), with_kwargs=True) for block, prompt in prompts.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _graph_per_block(program: Program) -> Iterator[None]:
+    """Let no graph reach from one block into the next, so that it is freed as soon as its block is done."""
+
+    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden_BTH = args[0].detach().requires_grad_(args[0].requires_grad)
+        return (hidden_BTH, *args[1:]), kwargs
+
+    hooks = [layer.register_forward_pre_hook(cut, with_kwargs=True) for layer in program.layers] if torch.is_grad_enabled() else []
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,20 @@ from swarmtune.errors import UsageError
 from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
 from swarmtune.remote.layers import RemoteLayers, through_peft
-from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, find_layers, hidden_size, init_buffers, load_config
-from swarmtune.weights import Checkpoint, fill
+from swarmtune.skeleton import (
+    Head,
+    LayerSite,
+    build_skeleton,
+    check_identity,
+    config_digest,
+    find_layers,
+    hidden_size,
+    in_dtype,
+    init_buffers,
+    load_config,
+)
+from swarmtune.stored_model import StoredModel, fill
+from swarmtune.weights import Checkpoint
 
 if TYPE_CHECKING:
     from swarmtune.swarm import Swarm
@@ -114,7 +127,7 @@ def _load(
     model: str | os.PathLike[str],
     swarm: Swarm,
     adapter: Any,
-    head: str,
+    head: Head,
     dtype: str | torch.dtype | None,
     device: str | torch.device,
     num_labels: int | None = None,
@@ -147,7 +160,7 @@ def _load(
     return loaded
 
 
-def _with_task(adapter: Any, head: str) -> Any:
+def _with_task(adapter: Any, head: Head) -> Any:
     """The adapter for a model with this head; a classifier's head learns in any case."""
     items = list(adapter) if isinstance(adapter, list | tuple) else [] if adapter is None else [adapter]
     if head == "causal_lm":
@@ -204,14 +217,14 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, head: str, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerSite]:
+def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, head: Head, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerSite]:
     """The model with everything but its layers loaded, which stay on the meta device, and where it keeps them."""
-    model = build_skeleton(config, head)
-    own = LayerSite(find_layers(model).parent_name, site.attribute, site.num_blocks, site.returns_tuple)
-    tied, checkpoint = _tied(model), Checkpoint(name)
+    model = build_skeleton(in_dtype(config, dtype), head)
+    own = replace(site, parent_name=find_layers(model).parent_name)
+    tied, stored = _tied(model), StoredModel(model, Checkpoint(name))
     names = {key: key for key in model.state_dict() if key not in tied and own.split(key) is None}
-    fresh = {key for key in names if head != "causal_lm" and checkpoint.find(key, model.base_model_prefix) is None and _of_head(model, key)}
-    fill(model, {key: key for key in names if key not in fresh}, checkpoint, model.base_model_prefix, dtype, torch.device("cpu"))
+    fresh = {key for key in names if head != "causal_lm" and _of_head(model, key) and stored.lacks([key]) is not None}
+    fill(model, {key: key for key in names if key not in fresh}, stored, torch.device("cpu"))
     model.tie_weights()
     for module_name in sorted({key.rpartition(".")[0] for key in fresh}):
         module = model.get_submodule(module_name).to_empty(device="cpu").to(dtype)
@@ -234,7 +247,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: Adapter | None) -> None:
     parent = model.get_submodule(site.parent_name)
-    layers = RemoteLayers(body, adapter, site.returns_tuple)
+    layers = RemoteLayers(body, adapter, site)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
     # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.
