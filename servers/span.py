@@ -245,7 +245,7 @@ class Span:
         for _, pair in sorted(bound.prefixes.items()):
             tensors = (pair[name].to(self.dtype) for name in PREFIX)
             pairs.append(tuple(tensor if tensor.dim() == 4 else tensor.expand(rows, *tensor.shape) for tensor in tensors))
-        found: dict[str, Any] = {"past_key_values": DynamicCache(pairs)}
+        found: dict[str, Any] = {"past_key_values": _SpanCache(pairs, program.start)}
         mask = bound.arguments.get("attention_mask")
         if mask is not None:
             found["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], pairs[0][0].shape[2]), mask], dim=1)
@@ -298,6 +298,23 @@ def _grads(output_BTH: Tensor, wanted: Sequence[Tensor], grad_BTH: Tensor) -> Se
         if all(grad is None or bool(torch.isfinite(grad).all()) for grad in scaled):
             break
     return [None if grad is None else torch.ldexp(grad.float(), torch.tensor(-shift)) for grad in scaled]
+
+
+class _SpanCache(DynamicCache):
+    """A cache of the blocks from ``start`` on: layers keep their numbers in the whole model, which is how they ask for their entry."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, ...]], start: int) -> None:
+        self._start = 0  # while the entries are put in
+        super().__init__(pairs)
+        self._start = start
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See the library."""
+        return super().update(key_states, value_states, layer_idx - self._start, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in the cache, the same for all blocks."""
+        return int(super().get_seq_length(0))
 
 
 class _Caller(nn.Module):
