@@ -23,7 +23,9 @@ from swarmtune.adapters.tuners import TUNERS, check_over_quantised, kind_over_ba
 from swarmtune.errors import KwargError, WireError
 from swarmtune.skeleton import LayerSite, build_skeleton, init_buffers, truncate
 from swarmtune.types import BlockSpan
+from swarmtune.wire.frames import WireLimits
 from swarmtune.wire.messages import AdapterSpec
+from swarmtune.wire.tensors import ALIGNMENT
 
 MAX_PROGRAMS = 64
 MAX_PROGRAM_BYTES = 256 << 20
@@ -136,20 +138,28 @@ class Programs:
         """First values that PEFT computes from body weights, or the body's own parameters (``param.<name>``).
 
         Raises:
-            KwargError: there is no such value.
+            KwargError: there is no such value, or they are too many for one answer.
             WireError: the configuration or the generator's state does not fit.
         """
         values: dict[tuple[int, str], Tensor] = {}
         if adapter is not None:
+            kind = str(adapter.config.get("peft_type"))
+            if kind in TUNERS and not TUNERS[kind].derived and not adapter.config.get("copied"):
+                raise KwargError(f"no tensor of a {kind} adapter starts from weights of a block")
             values = self._derive(span, adapter, rng)
+        parameters = {block: dict(self._weights.blocks[block].named_parameters()) for block in {block for block, _ in names}}
         found = []
+        left_bytes = WireLimits().message_bytes
         for block, name in names:
             family, _, within = name.partition(".")
-            value = dict(self._weights.blocks[block].named_parameters()).get(within) if family == "param" else values.get((block, name))
+            value = parameters[block].get(within) if family == "param" else values.get((block, name))
             if value is None or (family == "param" and not value.is_floating_point()):
                 raise KwargError(f"block {block} has no value {name!r:.200} to start from")
-            found.append(value.detach().to("cpu"))
-        return found
+            left_bytes -= value.nbytes + ALIGNMENT
+            if left_bytes < 0:
+                raise KwargError(f"the first values that a call asks for have more than {WireLimits().message_bytes} bytes: ask for fewer at once")
+            found.append(value.detach())
+        return [value.to("cpu") for value in found]
 
     def _derive(self, span: BlockSpan, adapter: AdapterSpec, rng: Tensor | None) -> dict[tuple[int, str], Tensor]:
         """Let PEFT make the tuner over the real weights of ``span``."""

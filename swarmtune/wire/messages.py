@@ -224,7 +224,7 @@ class SpanCall:
         """
         fields, tensors = message.fields, dict(message.tensors)
         if unknown := set(fields) - _CALL_FIELDS:  # to ignore what a newer client asks for would be silently wrong
-            raise WireError(f"a call holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
+            raise WireError(f"a call holds a field that this server does not know, update the older of the two sides: {sorted(unknown)[0]!r:.80}")
         hidden = tensors.pop("hidden", None)
         if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point() or 0 in hidden.shape:
             raise WireError("a call needs a floating-point tensor 'hidden' of shape (batch, sequence, hidden)")
