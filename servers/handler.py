@@ -77,9 +77,8 @@ class CallHandler:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
         if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD, CallKind.INITIAL):
-            return Fault(
-                FaultCode.UNSUPPORTED, f"this server (swarmtune {self._info.version}) knows no call {message.kind[:40]!r}: update the older of the two sides"
-            ).to_message()
+            why = f"this server (swarmtune {self._info.version}) knows no call {message.kind[:40]!r}: update the older of the two sides"
+            return Fault(FaultCode.UNSUPPORTED, why).to_message()
         if self.draining:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
         call = InitialCall.from_message(message) if message.kind == CallKind.INITIAL else SpanCall.from_message(message)

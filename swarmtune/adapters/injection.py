@@ -114,7 +114,7 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             injected: PeftModel = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER_NAME)  # type: ignore[assignment]
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError, ImportError, ArithmeticError, re.error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ImportError, ArithmeticError, re.error) as error:
         raise AdapterUnsupported(_why_not(model, config, error)) from error
     return injected
 

@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -421,8 +422,10 @@ def rebuild(spec: AdapterSpec, prefix: str, only: range | None = None) -> PeftCo
             raise WireError("LILY needs the ends of its modules' names, up to 64 of letters, digits, dots and underscores")
         given["target_modules"] = suffixes
     try:
-        return schema(**given)
-    except (TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice is for whoever wrote the configuration
+            return schema(**given)
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise WireError(f"PEFT refuses the adapter configuration: {str(error)[:200]}") from error
 
 
@@ -458,6 +461,8 @@ def _check_apart(names: Sequence[str], copied: Sequence[str]) -> None:
 def _checked(name: str, value: Any, hint: Any, limit: int) -> Any:
     """A field's value, when its type fits the field and its size is bounded."""
     kinds = _scalar_types(hint)
+    if int in kinds and ("alpha" in name or "scal" in name):
+        kinds.add(float)  # PEFT says that they are whole, and computes with any number
     if type(value) not in kinds and not (type(value) is int and float in kinds):
         raise WireError(f"{name} of an adapter configuration must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, got {value!r:.60}")
     seed = "seed" in name

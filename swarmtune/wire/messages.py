@@ -133,7 +133,7 @@ class DropoutSeed:
 
     Attributes:
         seed: of the body call, from 0 to 2**63 - 1.
-        first_row: number of the micro-batch's first row in the batch.
+        first_row: number of the micro-batch's first row in the batch, from 0 to 2**32 - 1.
     """
 
     seed: int
@@ -148,7 +148,7 @@ class DropoutSeed:
         """Check a peer's."""
         if not isinstance(item, list) or len(item) != 2:
             raise WireError("dropout must be [seed, first_row]")
-        return cls(integer(item[0], "a dropout seed", 0, (1 << 63) - 1), integer(item[1], "a first row"))
+        return cls(integer(item[0], "a dropout seed", 0, (1 << 63) - 1), integer(item[1], "a first row", 0, (1 << 32) - 1))
 
 
 def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) -> int:
