@@ -1,7 +1,7 @@
-"""Pretrain the pocket BLOOM that swarmtune ships, on text that comes with Python itself.
+"""Pretrain the pocket models that swarmtune ships, a BLOOM and a LLaMA, on text that comes with Python itself.
 
 ``python scripts/pretrain_pocket.py`` reads the running interpreter's standard library (parsed, never imported), trains a
-byte-level BPE tokenizer and a small ``BloomForCausalLM`` on the CPU, and writes one directory that ``from_pretrained``
+byte-level BPE tokenizer and a small model (``--family bloom`` or ``llama``) on the CPU, and writes one directory that ``from_pretrained``
 loads: weights in bf16, tokenizer, loss curve, and a model card whose figures are the ones measured here.
 
 ``pydoc_data.topics`` is the fine-tuning text of the first run. Paragraphs that share 13 words in a row with it are
@@ -31,12 +31,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 from transformers.utils import logging as transformers_logging
 
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "swarmtune" / "assets" / "pocket_bloom"
+ASSETS = Path(__file__).resolve().parents[1] / "swarmtune" / "assets"
+FAMILIES = {"bloom": "BLOOM", "llama": "LLaMA"}
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 VOCABULARY, HIDDEN, LAYERS, HEADS = 4096, 224, 4, 4
+INTERMEDIATE, POSITIONS = 592, 2048
+"""Of the LLaMA: width of its gated layers, and how far its rotary positions reach."""
 SEQUENCE_TOKENS = 256
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 OVERLAP_WORDS = 13
@@ -52,7 +63,8 @@ MEASUREMENTS = 25
 class Settings:
     """What the command line chooses: one option per field."""
 
-    output: Path = DEFAULT_OUTPUT
+    family: str = "bloom"
+    output: Path | None = None
     steps: int = 5000
     seed: int = 0
     threads: int = 2
@@ -61,13 +73,20 @@ class Settings:
     precision: str = "bf16"
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"--family must be one of {', '.join(FAMILIES)}, got {self.family}")
         for name in ("steps", "threads", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
-        if self.output.exists() and not (self.output / "pretraining.csv").is_file():
-            raise ValueError(f"--output {self.output} exists and was not written by this script: choose another place")
+        if self.place.exists() and not (self.place / "pretraining.csv").is_file():
+            raise ValueError(f"--output {self.place} exists and was not written by this script: choose another place")
+
+    @property
+    def place(self) -> Path:
+        """Where the finished directory goes."""
+        return self.output or ASSETS / f"pocket_{self.family}"
 
     def command(self) -> str:
         """Give the command that repeats the run, with every option but the place of the output."""
@@ -112,7 +131,7 @@ class Result:
 def main() -> None:
     """Make the corpus, the tokenizer and the model, then move the finished directory into place."""
     settings = parse_arguments()
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    settings.place.parent.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True, highlight=False)
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
@@ -124,31 +143,37 @@ def main() -> None:
     tokenizer = train_tokenizer(corpus.train)
     train_N, held_out_N = pack(corpus.train, tokenizer), pack(corpus.held_out, tokenizer)
     console.print(f"{len(train_N):,} tokens to train on, {len(held_out_N):,} held out")
-    model = build_model(tokenizer)
+    model = build_model(settings.family, tokenizer)
     measurements = train(model, train_N, held_out_N, settings, console)
 
-    with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".pocket-") as staging:
+    with tempfile.TemporaryDirectory(dir=settings.place.parent, prefix=".pocket-") as staging:
         fresh = Path(staging) / "new"
         tokenizer.save_pretrained(fresh)
         model.to(torch.bfloat16).save_pretrained(fresh)
         (fresh / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-        stored = BloomForCausalLM.from_pretrained(fresh, dtype=torch.float32)
+        stored = AutoModelForCausalLM.from_pretrained(fresh, dtype=torch.float32)
         result = Result(stored.num_parameters(), len(train_N), len(held_out_N), evaluate(stored, held_out_N, settings))
         write_measurements(fresh / "pretraining.csv", measurements)
-        plot_losses(fresh / "curve.png", measurements)
+        plot_losses(fresh / "curve.png", measurements, FAMILIES[settings.family])
         (fresh / "README.md").write_text(model_card(settings, corpus, measurements, result), encoding="utf-8")
-        if settings.output.exists():
-            settings.output.rename(Path(staging) / "old")
-        fresh.rename(settings.output)
-    console.print(f"{settings.output}: held-out perplexity {math.exp(result.stored_loss):.1f} as stored")
+        if settings.place.exists():
+            settings.place.rename(Path(staging) / "old")
+        fresh.rename(settings.place)
+    console.print(f"{settings.place}: held-out perplexity {math.exp(result.stored_loss):.1f} as stored")
 
 
 def parse_arguments() -> Settings:
     """Read the command line; a value out of range ends the program with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Settings):
-        choices = ("bf16", "fp32") if field.name == "precision" else None
-        parser.add_argument(option_of(field.name), type=field.type, default=field.default, choices=choices, help="default: %(default)s")
+        choices = {"precision": ("bf16", "fp32"), "family": tuple(FAMILIES)}.get(field.name)
+        parser.add_argument(
+            option_of(field.name),
+            type=Path if field.name == "output" else field.type,
+            default=field.default,
+            choices=choices,
+            help="default: %(default)s",
+        )
     try:
         return Settings(**vars(parser.parse_args()))
     except ValueError as error:
@@ -270,23 +295,20 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return torch.tensor([id_ for ids in encoded for id_ in (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)])
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> BloomForCausalLM:
-    """Initialise the model as transformers does; no dropout, and the embedding is the output layer, as in every BLOOM."""
-    config = BloomConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return BloomForCausalLM(config)
+def build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Initialise the model as transformers does; no dropout, and the embedding is the output layer."""
+    common = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "tie_word_embeddings": True}
+    common |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config: PretrainedConfig
+    if family == "bloom":
+        config = BloomConfig(n_layer=LAYERS, n_head=HEADS, hidden_dropout=0.0, attention_dropout=0.0, **common)
+    else:
+        layers = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2}
+        config = LlamaConfig(**layers, intermediate_size=INTERMEDIATE, max_position_embeddings=POSITIONS, **common)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def train(model: BloomForCausalLM, train_N: Tensor, held_out_N: Tensor, settings: Settings, console: Console) -> list[Measurement]:
+def train(model: PreTrainedModel, train_N: Tensor, held_out_N: Tensor, settings: Settings, console: Console) -> list[Measurement]:
     """Train ``model`` in place with AdamW, warmup and a cosine to zero; give the losses along the way."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, settings.steps // 20), settings.steps)
@@ -332,7 +354,7 @@ def cut(stream_N: Tensor) -> Tensor:
     return stream_N[: len(stream_N) // SEQUENCE_TOKENS * SEQUENCE_TOKENS].view(-1, SEQUENCE_TOKENS)
 
 
-def train_step(model: BloomForCausalLM, tokens_BT: Tensor, optimizer: torch.optim.Optimizer, settings: Settings) -> float:
+def train_step(model: PreTrainedModel, tokens_BT: Tensor, optimizer: torch.optim.Optimizer, settings: Settings) -> float:
     """Take one step on one batch and give its loss."""
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -345,7 +367,7 @@ def train_step(model: BloomForCausalLM, tokens_BT: Tensor, optimizer: torch.opti
 
 
 @torch.no_grad()
-def evaluate(model: BloomForCausalLM, stream_N: Tensor, settings: Settings) -> float:
+def evaluate(model: PreTrainedModel, stream_N: Tensor, settings: Settings) -> float:
     """Give the mean loss over the stream, cut into sequences, in nats per token."""
     model.eval()
     windows_NT = cut(stream_N)
@@ -364,14 +386,14 @@ def write_measurements(path: Path, measurements: list[Measurement]) -> None:
         writer.writerows([round(value, 8) for value in astuple(row)] for row in measurements)
 
 
-def plot_losses(path: Path, measurements: list[Measurement]) -> None:
+def plot_losses(path: Path, measurements: list[Measurement], family: str) -> None:
     """Draw train and held-out loss over tokens."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     millions = [row.tokens / 1e6 for row in measurements]
     axes.plot(millions, [row.train_loss for row in measurements], label="train (mean since the point before)")
     axes.plot(millions, [row.held_out_loss for row in measurements], label="held out")
-    axes.set(xlabel="tokens trained on (millions)", ylabel="loss (nats per token)", title="Pretraining the pocket BLOOM")
+    axes.set(xlabel="tokens trained on (millions)", ylabel="loss (nats per token)", title=f"Pretraining the pocket {family}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -391,9 +413,9 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# Pocket BLOOM
+# Pocket {FAMILIES[settings.family]}
 
-A `BloomForCausalLM` of {result.parameters:,} parameters ({LAYERS} blocks, hidden size {HIDDEN}, {HEADS} heads, tied embeddings,
+A small {FAMILIES[settings.family]} of {result.parameters:,} parameters ({LAYERS} blocks, hidden size {HIDDEN}, {HEADS} heads, tied embeddings,
 stored in bf16) with a byte-level BPE tokenizer of {VOCABULARY:,} tokens. It lets swarmtune's first run, its examples and its
 tests work on a real pretrained model with nothing downloaded. This card was written by the script that trained the model.
 

@@ -85,10 +85,18 @@ class Programs:
         program = self._kept.get(key)
         if program is None:
             program = self._kept[key] = self._build(span, adapter)
-            while len(self._kept) > 1 and (len(self._kept) > MAX_PROGRAMS or self.own_bytes > MAX_PROGRAM_BYTES):
-                self._kept.popitem(last=False)
+            self._evict(key)
         self._kept.move_to_end(key)
         return program
+
+    def _evict(self, newest: tuple[BlockSpan, str]) -> None:
+        """Let the least recently used go: of all where there are too many, of those that hold memory where it is too much."""
+        while len(self._kept) > MAX_PROGRAMS:
+            self._kept.popitem(last=False)
+        for key in [key for key, program in self._kept.items() if program.own_bytes and key != newest]:
+            if self.own_bytes <= MAX_PROGRAM_BYTES:
+                break
+            del self._kept[key]
 
     def _build(self, span: BlockSpan, adapter: AdapterSpec | None) -> Program:
         if adapter is not None:
@@ -111,7 +119,7 @@ class Programs:
             if adapter is not None:
                 dropouts += seed_dropouts(layer, block)
         init_buffers(parent, model, self._device, {id(item.tensor) for item in tensors})
-        coming = [item for item in tensors if adapter is not None and travels(adapter, item.tensor)]
+        coming = [item for item in tensors if adapter is not None and travels(adapter, item)]
         lost = [
             item.name
             for item in tensors
@@ -128,10 +136,11 @@ class Programs:
 
     def _inject(self, model: PreTrainedModel, span: BlockSpan, adapter: AdapterSpec) -> Injected:
         tuner = TUNERS.get(str(adapter.config.get("peft_type")))
+        blocks = range(span.start, span.stop)
         if tuner is None or not tuner.materialised:
-            return inject_plain(model, adapter, self._site, None, meta=True)
+            return inject_plain(model, adapter, self._site, blocks, meta=True)
         with _bounded(MAX_INJECTED_BYTES), torch.random.fork_rng(devices=[]):
-            return inject_plain(weightless(model, self._dtype), adapter, self._site, range(span.start, span.stop), meta=False)
+            return inject_plain(weightless(model, self._dtype), adapter, self._site, blocks, meta=False)
 
     def _own(self, parent: nn.Module, span: BlockSpan) -> int:
         lent = {id(tensor) for block in range(span.start, span.stop) for _, tensor in named_tensors(self._weights.blocks[block])}
@@ -238,8 +247,9 @@ class _Counting(TorchDispatchMode):
         if self._declared_bytes(func, args, kwargs) > self._left:  # before its pages are touched
             raise WireError(_TOO_MUCH)
         result = func(*args, **kwargs)
+        known = {given.untyped_storage().data_ptr() for given in args if isinstance(given, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor._base is None and not any(tensor is given for given in args):
+            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage().data_ptr() not in known:
                 self._left -= tensor.untyped_storage().nbytes()
         if self._left < 0:
             raise WireError(_TOO_MUCH)

@@ -7,7 +7,8 @@ all other programs, and the client's tensors take the place of its learnable one
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from servers.dropout import DropoutPlan, active
 from servers.program import Program, Programs
 from servers.weights import BlockWeights
 from swarmtune.errors import KwargError, NonFinite
-from swarmtune.skeleton import LayerSite, call_span, hidden_size
+from swarmtune.skeleton import LayerSite, call_span, hidden_size, in_dtype
 from swarmtune.types import BlockSpan
 from swarmtune.wire.initial import InitialCall, InitialResult
 from swarmtune.wire.messages import CallKwarg, SpanCall, SpanResult
@@ -35,6 +36,8 @@ NOT_ARGUMENTS = frozenset(
 """Parameters of the library's forward that are no kwargs of a call: the input itself, caches, and what is to be returned."""
 ROW_ARGUMENTS = ("attention_mask", "position_ids")
 """Arguments of shape (batch, sequence)."""
+FLOAT16_PEAK = 8
+"""Power of two to which gradients are scaled before they enter a float16 span; its numbers reach to 2**15."""
 PREFIX = ("prefix.key", "prefix.value")
 MAX_CACHE_BYTES = 4 << 30
 """Keys and values of one call with prefixes, those of its own tokens included."""
@@ -67,12 +70,15 @@ class Span:
     def __init__(
         self, config: PretrainedConfig, site: LayerSite, span: BlockSpan, weights: BlockWeights, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.config, self.site, self.span, self.weights = config, site, span, weights
+        self.config, self.site, self.span, self.weights = in_dtype(config, dtype), site, span, weights
         self.dtype, self.device = dtype, device
-        self.programs = Programs(config, site, weights, dtype, device)
+        self.programs = Programs(self.config, site, weights, dtype, device)
 
     def forward(self, call: SpanCall) -> SpanResult:
-        """Run the called blocks without a graph.
+        """Run the called blocks and keep no graph.
+
+        Where a backward will follow, each block is run with a graph, which ends with the block: torch picks other kernels with one than without (of
+        attention with a learned mask, of convolutions), and a local model would be run with one.
 
         Raises:
             KwargError: the call does not fit these blocks.
@@ -80,8 +86,8 @@ class Span:
         """
         program = self._program(call)
         bound = self._bind(program, call)
-        with torch.no_grad(), _blamed_on(call):
-            output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype))
+        with torch.set_grad_enabled(bool(bound.leaves)), _graph_per_block(program), _blamed_on(call):
+            output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype)).detach()
             if not _finite(output_BTH, bound.arguments.get("attention_mask")):
                 self._blame(program, bound, call)
         return SpanResult(output_BTH.to("cpu", call.hidden_BTH.dtype))
@@ -101,13 +107,13 @@ class Span:
         wanted = [leaf for _, _, leaf in bound.leaves] + ([hidden_BTH] if call.input_grad else [])
         if not wanted:
             return SpanResult(None)
-        grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        grads: Sequence[Tensor | None] = (None,) * len(wanted)
         with torch.enable_grad(), _blamed_on(call):
             output_BTH = self._run(program, bound, call, hidden_BTH)
             if output_BTH.requires_grad:
-                grads = torch.autograd.grad(output_BTH, wanted, call.grad_BTH.to(self.device, self.dtype), allow_unused=True)
+                grads = _grads(output_BTH, wanted, call.grad_BTH.to(self.device))
         filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
-        input_grad = filled.pop().to("cpu", call.hidden_BTH.dtype) if call.input_grad else None
+        input_grad = filled.pop().to("cpu", call.grad_BTH.dtype) if call.input_grad else None
         return SpanResult(input_grad, _by_kwarg(call, bound, filled))
 
     def initial(self, call: InitialCall) -> InitialResult:
@@ -168,6 +174,8 @@ class Span:
 
     def _bind_argument(self, program: Program, call: SpanCall, kwarg: CallKwarg, leaf: Tensor, bound: Bound) -> None:
         taken = inspect.signature(program.parent.forward).parameters
+        if kwarg.name in ROW_ARGUMENTS and kwarg.name not in taken:
+            raise KwargError(f"{type(program.parent).__name__} takes no {kwarg.name}")
         if kwarg.name not in taken or kwarg.name in NOT_ARGUMENTS:
             raise KwargError(
                 f"kwarg {kwarg.name!r:.100} is no argument of {type(program.parent).__name__}, and no parameter, adapter tensor or prompt of a block"
@@ -284,6 +292,27 @@ class Span:
         raise NonFinite(f"the output of block {block} is not finite, and its input is" if bad else "the output of the span is not finite", block)
 
 
+def _grads(output_BTH: Tensor, wanted: Sequence[Tensor], grad_BTH: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of ``wanted``. Through a float16 span they travel scaled by a power of two, which is taken out again in float32.
+
+    Without it, gradients below 6e-8 would become zero on the way. The scale brings the largest value to about ``2**FLOAT16_PEAK``; where something
+    overflows, a smaller one is tried, and what overflows even unscaled is returned as it is.
+    """
+    if output_BTH.dtype is not torch.float16:
+        return torch.autograd.grad(output_BTH, wanted, grad_BTH.to(output_BTH.dtype), allow_unused=True)
+    grad_BTH = grad_BTH.float()
+    peak = float(grad_BTH.abs().amax())
+    exponent = FLOAT16_PEAK - math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
+    tries = [exponent, exponent - 8, exponent - 16]
+    for shift in tries:
+        scaled = torch.autograd.grad(
+            output_BTH, wanted, torch.ldexp(grad_BTH, torch.tensor(shift)).to(torch.float16), allow_unused=True, retain_graph=shift != tries[-1]
+        )
+        if all(grad is None or bool(torch.isfinite(grad).all()) for grad in scaled):
+            break
+    return [None if grad is None else torch.ldexp(grad.float(), torch.tensor(-shift)) for grad in scaled]
+
+
 class _Caller(nn.Module):
     """Gives ``functional_call`` a module whose forward is ours."""
 
@@ -384,6 +413,22 @@ def _prompts(program: Program, prompts: Mapping[int, Tensor]) -> Iterator[None]:
         return hook
 
     hooks = [program.layers[block - program.start].register_forward_pre_hook(adder(prompt), with_kwargs=True) for block, prompt in prompts.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _graph_per_block(program: Program) -> Iterator[None]:
+    """Let no graph reach from one block into the next, so that it is freed as soon as its block is done."""
+
+    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden_BTH = args[0].detach().requires_grad_(args[0].requires_grad)
+        return (hidden_BTH, *args[1:]), kwargs
+
+    hooks = [layer.register_forward_pre_hook(cut, with_kwargs=True) for layer in program.layers] if torch.is_grad_enabled() else []
     try:
         yield
     finally:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.skeleton import LayerSite, build_skeleton
+from swarmtune.skeleton import LayerSite, build_skeleton, in_dtype
+from swarmtune.stored_model import StoredModel, fill
 from swarmtune.types import BlockSpan
-from swarmtune.weights import Checkpoint, block_digest, block_names, fill, tensor_digest
+from swarmtune.weights import Checkpoint, block_digest, block_names, tensor_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,10 @@ def load_blocks(
     Raises:
         ModelUnsupported: a tensor is missing, misshapen or unreadable, or the blocks cannot be quantised.
     """
-    skeleton = build_skeleton(config)
+    skeleton = build_skeleton(in_dtype(config, dtype))
     layers = skeleton.get_submodule(f"{site.parent_name}.{site.attribute}")
     assert isinstance(layers, nn.ModuleList)
-    checkpoint = Checkpoint(model)
+    stored_model = StoredModel(skeleton, Checkpoint(model))
     if quantise != "none":
         from servers.quantize import check_quantisable, quantise_block  # bitsandbytes takes a second or two to import
 
@@ -89,9 +90,9 @@ def load_blocks(
 
         names = block_names(module, site.prefix, block)
         if quantise == "none":
-            fill(module, names, checkpoint, skeleton.base_model_prefix, dtype, device, observe)
+            fill(module, names, stored_model, device, observe)
         else:
-            fill(module, names, checkpoint, skeleton.base_model_prefix, dtype, torch.device("cpu"), observe)
+            fill(module, names, stored_model, torch.device("cpu"), observe)
             error = max(error, quantise_block(module, quantise, device))
         blocks[block] = module.eval().requires_grad_(False)
         digests.append(block_digest(stored))

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import swarmtune
 from swarmtune.config import resolve_path, save_yaml, to_plain
+from swarmtune.data_schema import Source
 from swarmtune.errors import UsageError
 from swarmtune.model_files import count_blocks
 from swarmtune.notices import say
 from swarmtune.own_recipe import load_build
-from swarmtune.schema import Config, Source, SwarmKind
+from swarmtune.schema import Config, SwarmKind
 from swarmtune.train.run_dir import CONFIG, locked, new_run_dir, writing
 from swarmtune.types import BlockSpan, gaps
 

@@ -194,7 +194,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
     console = Console()
     lines = [Text.assemble((f"{name:<21}", "bold"), value) for name, value in _facts(summary)]
-    for line in (Text(), *lines, Text(), Text("load the adapter with PEFT", "bold"), Text(_loading_lines(summary))):
+    for line in (Text(), *lines, Text(), Text(_loading_title(summary), "bold"), Text(_loading_lines(summary))):
         console.print(line, soft_wrap=True)
 
 
@@ -204,6 +204,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("trained", f"{summary['recipe']} on {summary['model']}, {summary['steps']} steps"),
         ("parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
     ]
+    if summary.get("val_accuracy_before") is not None and summary.get("val_accuracy_after") is not None:
+        facts.append(("held-out accuracy", f"{summary['val_accuracy_before']:.1%} -> {summary['val_accuracy_after']:.1%}"))
     if summary["val_ppl_before"] is not None and summary["val_ppl_after"] is not None:
         facts.append(("held-out perplexity", f"{summary['val_ppl_before']:,.1f} -> {summary['val_ppl_after']:,.1f}"))
     retries = f", {summary['retries']} retries" if summary["retries"] else ""
@@ -217,11 +219,34 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [*facts, ("adapter", summary["adapter_dir"])]
 
 
+OWN_KINDS = ("deep_prompts", "stand_in", "head")
+
+
+def _own_parts(summary: dict[str, Any]) -> list[str]:
+    """The parts of the adapter that PEFT does not know."""
+    return [kind.replace("_", " ") for kind in OWN_KINDS if (Path(summary["adapter_dir"]) / f"{kind}_config.json").is_file()]
+
+
+def _loading_title(summary: dict[str, Any]) -> str:
+    own = _own_parts(summary)
+    return f"load the adapter with swarmtune (PEFT does not know {' and '.join(own)})" if own else "load the adapter with PEFT"
+
+
 def _loading_lines(summary: dict[str, Any]) -> str:
+    if _own_parts(summary):
+        load = "load_sequence_classifier" if summary.get("labels") else "load_causal_lm"
+        return (
+            "import swarmtune\n"
+            "swarm = swarmtune.connect(initial_peers)\n"
+            f"model = swarmtune.{load}({summary['model']!r}, swarm, adapter={summary['adapter_dir']!r})"
+        )
+    kind, classes = "AutoModelForCausalLM", ""
+    if summary.get("labels"):
+        kind, classes = "AutoModelForSequenceClassification", f", num_labels={len(summary['labels'])}"
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n"
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({summary['model']!r}), {summary['adapter_dir']!r})"
+        f"from transformers import {kind}\n"
+        f"model = PeftModel.from_pretrained({kind}.from_pretrained({summary['model']!r}{classes}), {summary['adapter_dir']!r})"
     )
 
 

@@ -27,12 +27,14 @@ from swarmtune.schema import LOCAL_ONLY, Config, SwarmKind
 
 T = TypeVar("T")
 
-VERBATIM = ("run_dir", "model.path", "data.path", "data.validation_path", "data.cache_dir", "adapter.path")
+VERBATIM = ("run_dir", "model.path", "data.path", "data.validation_path", "data.chat_template_file", "data.cache_dir", "adapter.path")
 """Keys whose value is a path, taken as typed: spaces, commas and brackets mean nothing to Hydra there."""
-VERBATIM_TEXT = ("data.text_template",)
+VERBATIM_TEXT = ("data.text_template", "data.chat_template")
 """Keys whose value is text, taken as typed but for ``\\n`` and ``\\t``."""
 FREE_PATHS = ("run_dir", "data.cache_dir")
 """Paths that need not exist."""
+LOCAL_PATHS = ("adapter.path", "data.chat_template_file")
+"""Paths that are never a hub id."""
 FILE_ENDINGS = (
     *(".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".safetensors"),
     *(".gz", ".bz2", ".xz", ".zst", ".zip"),
@@ -103,16 +105,16 @@ def check_config(config: Config, *, adapter_given: bool) -> None:
     from swarmtune.train.library_keys import check_trainer_flags, peft_config
 
     resolve_path(config.model.path)
-    for name in ("path", "validation_path"):
+    for name in ("path", "validation_path", "chat_template_file"):
         if (given := getattr(config.data, name)) is not None:
             existing_path(f"data.{name}", given)
     check_trainer_flags(config.trainer)
     if adapter_given:
-        from swarmtune.adapters.tuners import check_supported
+        from swarmtune.adapters.adapter import check
 
         chosen = peft_config(config.adapter)
         if not isinstance(chosen, str):
-            check_supported(chosen)
+            check(chosen)
 
 
 def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -333,10 +335,10 @@ def existing_path(key: str, text: str) -> str:
         if next(glob.iglob(str(local), recursive=True), None) is None:
             raise UsageError(f"{key}: no file matches {text}")
         return str(local.absolute())
-    if text.startswith("pkg://") or (key != "adapter.path" and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) and not _looks_like_file(text)):
+    if text.startswith("pkg://") or (key not in LOCAL_PATHS and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) and not _looks_like_file(text)):
         return text
     kind = "no such directory" if key in ("model.path", "adapter.path") else "no such file or directory"
-    hub = "" if key == "adapter.path" else " (and this is not a hub id such as bigscience/bloom-560m)"
+    hub = "" if key in LOCAL_PATHS else " (and this is not a hub id such as bigscience/bloom-560m)"
     raise UsageError(f"{key.removesuffix('.path')}: {kind}: {text}{hub}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.adapter import Adapter, make_adapter, parse
+from swarmtune.adapters.adapter import Adapter, head_of, make_adapter, parse, saved_labels
 from swarmtune.adapters.injection import HEAD_OF_TASK, weightless
 from swarmtune.adapters.parts import HeadConfig
 from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
@@ -21,8 +22,20 @@ from swarmtune.errors import UsageError
 from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
 from swarmtune.remote.layers import RemoteLayers, through_peft
-from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, find_layers, hidden_size, init_buffers, load_config
-from swarmtune.weights import Checkpoint, fill
+from swarmtune.skeleton import (
+    Head,
+    LayerSite,
+    build_skeleton,
+    check_identity,
+    config_digest,
+    find_layers,
+    hidden_size,
+    in_dtype,
+    init_buffers,
+    load_config,
+)
+from swarmtune.stored_model import StoredModel, fill
+from swarmtune.weights import Checkpoint
 
 if TYPE_CHECKING:
     from swarmtune.swarm import Swarm
@@ -114,7 +127,7 @@ def _load(
     model: str | os.PathLike[str],
     swarm: Swarm,
     adapter: Any,
-    head: str,
+    head: Head,
     dtype: str | torch.dtype | None,
     device: str | torch.device,
     num_labels: int | None = None,
@@ -133,11 +146,12 @@ def _load(
     compare_weights(name, config, site, opened.directory)
     served = _dtype(opened.dtype)
     body = RemoteBody(swarm.loop, opened.chain, site.num_blocks, hidden_size(config))
-    loaded, site = _load_ends(name, _with_labels(config, num_labels), site, head, _dtype(dtype) if dtype is not None else served)
+    labels = num_labels if num_labels is not None or head == "causal_lm" else saved_labels(recipes)
+    loaded, site = _load_ends(name, _with_labels(config, labels), site, head, _dtype(dtype) if dtype is not None else served)
     own = None
     if recipes:
         names = {id(module): module_name for module_name, module in loaded.named_modules()}
-        own = make_adapter(recipes, weightless(loaded, served), site, name, body.initial, names.get(id(_head_of(loaded)), ""))
+        own = make_adapter(recipes, weightless(loaded, served), site, name, body.initial, names.get(id(head_of(loaded)), ""))
         if own.spec is not None:
             check_over_quantised(kind_over_base(own.spec), opened.quantisation, opened.dtype)
     _attach(loaded, site, body, own)
@@ -146,7 +160,7 @@ def _load(
     return loaded
 
 
-def _with_task(adapter: Any, head: str) -> Any:
+def _with_task(adapter: Any, head: Head) -> Any:
     """The adapter for a model with this head; a classifier's head learns in any case."""
     items = list(adapter) if isinstance(adapter, list | tuple) else [] if adapter is None else [adapter]
     if head == "causal_lm":
@@ -169,14 +183,6 @@ def _with_labels(config: PretrainedConfig, num_labels: int | None) -> Pretrained
         config = copy.deepcopy(config)
         config.num_labels = num_labels
     return config
-
-
-def _head_of(model: PreTrainedModel) -> nn.Module | None:
-    """The module behind the body that learns as the head: the one that gives logits."""
-    output = model.get_output_embeddings()
-    if output is not None:
-        return output
-    return next((module for name, module in model.named_children() if name in ("score", "classifier") and isinstance(module, nn.Linear)), None)
 
 
 def _train_learning_parts(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
@@ -211,14 +217,14 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, head: str, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerSite]:
+def _load_ends(name: str, config: PretrainedConfig, site: LayerSite, head: Head, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerSite]:
     """The model with everything but its layers loaded, which stay on the meta device, and where it keeps them."""
-    model = build_skeleton(config, head)
-    own = LayerSite(find_layers(model).parent_name, site.attribute, site.num_blocks, site.returns_tuple)
-    tied, checkpoint = _tied(model), Checkpoint(name)
+    model = build_skeleton(in_dtype(config, dtype), head)
+    own = replace(site, parent_name=find_layers(model).parent_name)
+    tied, stored = _tied(model), StoredModel(model, Checkpoint(name))
     names = {key: key for key in model.state_dict() if key not in tied and own.split(key) is None}
-    fresh = {key for key in names if head != "causal_lm" and checkpoint.find(key, model.base_model_prefix) is None and _of_head(model, key)}
-    fill(model, {key: key for key in names if key not in fresh}, checkpoint, model.base_model_prefix, dtype, torch.device("cpu"))
+    fresh = {key for key in names if head != "causal_lm" and _of_head(model, key) and stored.lacks([key]) is not None}
+    fill(model, {key: key for key in names if key not in fresh}, stored, torch.device("cpu"))
     model.tie_weights()
     for module_name in sorted({key.rpartition(".")[0] for key in fresh}):
         module = model.get_submodule(module_name).to_empty(device="cpu").to(dtype)
@@ -241,7 +247,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: Adapter | None) -> None:
     parent = model.get_submodule(site.parent_name)
-    layers = RemoteLayers(body, adapter, site.returns_tuple)
+    layers = RemoteLayers(body, adapter, site)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
     # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.
@@ -252,7 +258,6 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
     model.body = body
     model.adapter = adapter  # type: ignore[assignment]
     if adapter is not None:
-        model._modules = {"adapter": adapter, **model._modules}  # parameters of stem and head that learn go by the adapter's names
         if adapter.peft is not None and adapter.peft.wrapped is not None:
             model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
         if (rule := adapter.regularise()) is not None:

@@ -11,7 +11,8 @@ from swarmtune.errors import ModelUnsupported, SwarmMismatch
 from swarmtune.remote.census import label, listed
 from swarmtune.remote.route import Directory
 from swarmtune.skeleton import LayerSite, build_skeleton
-from swarmtune.weights import Checkpoint, block_names, stored_digest
+from swarmtune.stored_model import StoredModel, stored_digest
+from swarmtune.weights import Checkpoint, block_names
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def compare_weights(model: str, config: PretrainedConfig, site: LayerSite, direc
     skeleton = build_skeleton(config)
     layers = skeleton.get_submodule(f"{site.parent_name}.{site.attribute}")
     assert isinstance(layers, nn.ModuleList)
-    checkpoint, holders = Checkpoint(model), directory.holders()
+    stored, holders = StoredModel(skeleton, Checkpoint(model)), directory.holders()
     one_of_each_span = sorted({info.span.start for info in holders.values()})
     compared, read_bytes, largest_bytes = 0, 0, 0
     for block in dict.fromkeys((*one_of_each_span, *range(site.num_blocks))):
@@ -38,19 +39,19 @@ def compare_weights(model: str, config: PretrainedConfig, site: LayerSite, direc
         if agreed is None or (block not in one_of_each_span and read_bytes + largest_bytes > READ_BYTES):
             continue
         try:
-            stored = stored_digest(block_names(layers[block], site.prefix, block), checkpoint, skeleton.base_model_prefix)
+            found = stored_digest(block_names(layers[block], site.prefix, block), stored)
         except ModelUnsupported as error:
             logger.warning("block %d of %s cannot be compared with what the servers hold: %s", block, model, error)
             continue
-        if stored is None:
+        if found is None:
             continue
-        if stored[0] != agreed:
+        if found[0] != agreed:
             servers = listed(label(peer, info) for peer, info in sorted(holders.items()) if block in info.span)
             raise SwarmMismatch(
                 f"the weights of block {block} on {servers or 'the swarm'} are not those of {model} (same configuration, another checkpoint, or one "
                 "stored in another type): give the checkpoint that the servers hold, or start them with this one"
             )
-        compared, read_bytes, largest_bytes = compared + 1, read_bytes + stored[1], max(largest_bytes, stored[1])
+        compared, read_bytes, largest_bytes = compared + 1, read_bytes + found[1], max(largest_bytes, found[1])
     left = site.num_blocks - compared
     logger.log(logging.INFO if left else logging.DEBUG, "%d of %d blocks on the servers were compared with %s%s",
         compared, site.num_blocks, model, f"; the other {left} are not on this disk or too much to read" if left else "")  # fmt: skip

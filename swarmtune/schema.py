@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import enum
 import math
-import re
-import string
 from dataclasses import dataclass, field
 from typing import Any
 
+from swarmtune.data_schema import DataConfig, need
 from swarmtune.errors import UsageError
 from swarmtune.types import BlockSpan
 
@@ -43,13 +42,6 @@ class Codec(enum.Enum):
     NONE = "none"
 
 
-class Source(enum.Enum):
-    """Where text comes from."""
-
-    PYTHON_TOPICS = "python_topics"
-    DATASET = "dataset"
-
-
 class Schedule(enum.Enum):
     """Shape of the learning rate after its warm-up."""
 
@@ -67,29 +59,6 @@ class ProgressKind(enum.Enum):
     NONE = "none"
 
 
-def _need(ok: bool, sentence: str) -> None:
-    """Refuse a value; ``sentence`` begins with the field's name, and the full key is put before it."""
-    if not ok:
-        raise ValueError(sentence)
-
-
-def template_columns(template: str) -> list[str]:
-    """The columns that ``"{question} {answer}"`` names.
-
-    Raises:
-        ValueError: none, or anything but plain names in the braces.
-    """
-    example = "such as '{question} {answer}'"
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"text_template cannot be read: {error}; columns stand in braces, {example}") from error
-    names = [name for _, name, _, _ in parts if name is not None]
-    plain = all(re.fullmatch(r"[^\W\d][\w -]*", name) and not spec and not conversion for _, name, spec, conversion in parts if name is not None)
-    _need(bool(names) and plain, f"text_template must hold names of columns in braces, {example}, and nothing but names; got {template!r}")
-    return list(dict.fromkeys(names))
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model."""
@@ -98,80 +67,7 @@ class ModelConfig:
     """A local directory in Hugging Face layout, a hub id, or ``pkg://package/folder`` for one inside a Python package."""
 
     def __post_init__(self) -> None:
-        _need(bool(self.path), "path must not be empty")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which text, and how it is cut."""
-
-    source: Source = Source.PYTHON_TOPICS
-    """The help topics that come with Python, or anything that ``datasets`` reads."""
-    path: str | None = None
-    """For ``dataset``: a json, jsonl, parquet, csv, tsv, txt or arrow file, a pattern (``a/*.csv``), a directory, a saved dataset, a hub id."""
-    name: str | None = None
-    """Which configuration of a hub dataset, or of a directory with a dataset card."""
-    revision: str | None = None
-    """Which commit, branch or tag of a hub dataset."""
-    text_column: str = "text"
-    """The column that holds the text."""
-    text_template: str | None = None
-    """Text made of several columns instead, such as ``{question}\\n{answer}``; ``\\n`` is a line break."""
-    split: str = "train"
-    """The split that is trained on, of data that has several."""
-    validation_fraction: float = 0.15
-    """Share of the text held out for validation, by whole documents, unless one of the next two is given."""
-    validation_split: str | None = None
-    """Another split of the same data, for validation."""
-    validation_path: str | None = None
-    """Other data of any kind that ``path`` takes, for validation."""
-    validation_windows: int | None = None
-    """Windows of validation text at most; all if not given, and 256 of a stream."""
-    streaming: bool = False
-    """Read while training, holding only ``shuffle_windows``: for data too long to be prepared. Needs ``trainer.max_steps``."""
-    shuffle_windows: int = 1024
-    """Of a stream, how many windows are held to draw the next one from."""
-    sequence_length: int = 128
-    """Tokens per window."""
-    batch_size: int = 8
-    """Windows per batch."""
-    num_workers: int = 0
-    """Processes that prepare training batches; windows are ready in memory, so 0 is rarely slower. A stream takes 1 at most."""
-    cache: bool = True
-    """Keep the tokens of prepared data on disk for the next run."""
-    cache_dir: str | None = None
-    """Where; ``$XDG_CACHE_HOME/swarmtune`` or ``~/.cache/swarmtune`` if not given."""
-
-    def __post_init__(self) -> None:
-        _need(self.source is not Source.DATASET or bool(self.path), "path must name a file, a directory or a hub id")
-        _need(0 < self.validation_fraction < 1, f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
-        _need(self.sequence_length >= 2, f"sequence_length must be at least 2, got {self.sequence_length}")
-        _need(self.sequence_length <= 1 << 15, f"sequence_length must be at most {1 << 15}, got {self.sequence_length}")
-        for name, low in (("batch_size", 1), ("num_workers", 0), ("shuffle_windows", 1), ("validation_windows", 1)):
-            value = getattr(self, name)
-            _need(value is None or value >= low, f"{name} must be at least {low}, got {value}")
-        self._refuse_ignored()
-        for name in ("split", "validation_split"):
-            value = getattr(self, name)
-            _need(value is None or re.fullmatch(r"\w+([.-]\w+)*", value) is not None, f"{name} must be the name of a split, got {value!r}")
-        if self.text_template is not None:
-            template_columns(self.text_template)
-
-    def _refuse_ignored(self) -> None:
-        """Refuse a key that would change nothing beside the others."""
-        for name in ("path", "name", "revision", "text_column", "text_template", "split", "validation_split", "validation_path", "streaming"):
-            changed = getattr(self, name) != getattr(type(self), name)
-            _need(self.source is not Source.PYTHON_TOPICS or not changed, f"{name} needs data=PATH or ID: it says nothing about Python's help topics")
-        apart = [name for name in ("validation_split", "validation_path") if getattr(self, name) is not None]
-        _need(len(apart) < 2, "validation_split and data.validation_path exclude each other: validation text comes from one place")
-        unused = apart and self.validation_fraction != type(self).validation_fraction
-        _need(not unused, f"validation_fraction says nothing beside data.{''.join(apart)}: no text is cut off then")
-        _need(self.validation_split != self.split, f"validation_split must be another split than data.split, got {self.split!r} for both")
-        _need(self.text_template is None or self.text_column == "text", "text_column says nothing beside data.text_template")
-        _need(self.streaming or self.shuffle_windows == type(self).shuffle_windows, "shuffle_windows needs data.streaming=true")
-        _need(not self.streaming or self.num_workers <= 1, f"num_workers must be 0 or 1 for a stream, got {self.num_workers}")
-        _need(self.cache or self.cache_dir is None, "cache_dir says nothing beside data.cache=false")
-        _need(not self.streaming or self.cache_dir is None, "cache_dir says nothing beside data.streaming=true: a stream is not kept")
+        need(bool(self.path), "path must not be empty")
 
 
 LOCAL_ONLY = ("servers", "dtype", "quantize", "threads")
@@ -207,25 +103,25 @@ class SwarmConfig:
 
     def __post_init__(self) -> None:
         joining = self.kind is SwarmKind.JOIN
-        _need(not joining or bool(self.initial_peers), "initial_peers must list at least one server of the swarm to join")
-        _need(joining or not self.initial_peers, "initial_peers needs swarm=join")
-        _need(not joining or self.spans is None, "spans needs swarm=local: servers of another swarm choose their own blocks")
+        need(not joining or bool(self.initial_peers), "initial_peers must list at least one server of the swarm to join")
+        need(joining or not self.initial_peers, "initial_peers needs swarm=join")
+        need(not joining or self.spans is None, "spans needs swarm=local: servers of another swarm choose their own blocks")
         for name in LOCAL_ONLY:
             unused = joining and getattr(self, name) != getattr(type(self), name)
-            _need(not unused, f"{name} needs swarm=local: the servers of another swarm are not started here")
+            need(not unused, f"{name} needs swarm=local: the servers of another swarm are not started here")
         unused = self.spans is not None and self.servers != type(self).servers
-        _need(not unused, f"servers={self.servers} and swarm.spans exclude each other: each span is one server")
-        _need(self.servers >= 1, f"servers must be at least 1, got {self.servers}")
-        _need(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
-        _need(self.spans is None or len(self.spans) > 0, 'spans must list at least one span, such as ["0:3", "3:6"]')
+        need(not unused, f"servers={self.servers} and swarm.spans exclude each other: each span is one server")
+        need(self.servers >= 1, f"servers must be at least 1, got {self.servers}")
+        need(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
+        need(self.spans is None or len(self.spans) > 0, 'spans must list at least one span, such as ["0:3", "3:6"]')
         for span in self.spans or ():
             try:
                 BlockSpan.parse(span)
             except UsageError as error:
                 raise ValueError(f"spans: {error}") from error
-        _need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
-        _need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
-        _need(self.patience_s > 0, f"patience_s must be above 0, got {self.patience_s}")
+        need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
+        need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
+        need(self.patience_s > 0, f"patience_s must be above 0, got {self.patience_s}")
 
 
 @dataclass(frozen=True)
@@ -246,11 +142,11 @@ class OptimizerConfig:
     """Optimizer steps over which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
-        _need(0 < self.lr < math.inf, f"lr must be a finite number above 0, got {self.lr}")
-        _need(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
+        need(0 < self.lr < math.inf, f"lr must be a finite number above 0, got {self.lr}")
+        need(self.weight_decay >= 0, f"weight_decay must be at least 0, got {self.weight_decay}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            _need(0 <= beta < 1, f"{name} must be at least 0 and below 1, got {beta}")
-        _need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
+            need(0 <= beta < 1, f"{name} must be at least 0 and below 1, got {beta}")
+        need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
 
 
 @dataclass(frozen=True)
@@ -273,11 +169,11 @@ class LoggerConfig:
     """Also log to TensorBoard, which ``pip install swarmtune[tensorboard]`` brings."""
 
     def __post_init__(self) -> None:
-        _need(bool(self.project.strip()), "project must not be empty")
+        need(bool(self.project.strip()), "project must not be empty")
         for key in ("project", "entity", "name", "group", "tags"):
-            _need(self.wandb or getattr(self, key) == getattr(type(self), key), f"{key} needs logger=wandb")
+            need(self.wandb or getattr(self, key) == getattr(type(self), key), f"{key} needs logger=wandb")
         for tag in self.tags:
-            _need(1 <= len(tag) <= 64, f"tags must have 1 to 64 characters each, got {tag!r}")
+            need(1 <= len(tag) <= 64, f"tags must have 1 to 64 characters each, got {tag!r}")
 
 
 @dataclass(frozen=True)
@@ -296,9 +192,9 @@ class CallbacksConfig:
     """Draw the loss curve at the end."""
 
     def __post_init__(self) -> None:
-        _need(self.checkpoint_every_steps >= 1, f"checkpoint_every_steps must be at least 1, got {self.checkpoint_every_steps}")
-        _need(self.checkpoints_kept == -1 or self.checkpoints_kept >= 1, f"checkpoints_kept must be -1 or at least 1, got {self.checkpoints_kept}")
-        _need(self.line_every_s > 0, f"line_every_s must be above 0, got {self.line_every_s}")
+        need(self.checkpoint_every_steps >= 1, f"checkpoint_every_steps must be at least 1, got {self.checkpoint_every_steps}")
+        need(self.checkpoints_kept == -1 or self.checkpoints_kept >= 1, f"checkpoints_kept must be -1 or at least 1, got {self.checkpoints_kept}")
+        need(self.line_every_s > 0, f"line_every_s must be above 0, got {self.line_every_s}")
 
 
 @dataclass(frozen=True)
@@ -331,10 +227,10 @@ class Config:
     """What runs are filed under; the name of the recipe's YAML file if not given."""
 
     def __post_init__(self) -> None:
-        _need(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
-        _need("/" not in self.name and self.name not in (".", ".."), f"name must be the name of a directory, got {self.name!r}")
+        need(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
+        need("/" not in self.name and self.name not in (".", ".."), f"name must be the name of a directory, got {self.name!r}")
         ends = self.trainer.get("fast_dev_run") or self.trainer.get("max_steps") not in (None, -1)
-        _need(not self.data.streaming or bool(ends), "data.streaming needs trainer.max_steps: a stream has no end")
+        need(not self.data.streaming or bool(ends), "data.streaming needs trainer.max_steps: a stream has no end")
 
     @property
     def title(self) -> str:

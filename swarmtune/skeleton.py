@@ -1,16 +1,20 @@
 """A Hugging Face decoder on the meta device, and the cuts that both halves make in it.
 
-No architecture is known by name here: the library's own modules and forward run, with fewer layers. What makes that right is checked by
-``check_identity``: with no layers at all, the parent must return its input to the bit.
+No architecture is known by name here (``repairs.py`` has the few values that a family needs): the library's own modules and forward run, with
+fewer layers. What makes that right is checked by ``check_identity``: with no layers at all, the parent must return its input to the bit, and in
+spans it must give each layer what it gives it in the whole model.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Container, Mapping
+import inspect
+import math
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,9 +31,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swarmtune.errors import ModelUnsupported, UsageError
 from swarmtune.model_files import why_unreadable
+from swarmtune.probe import StandIn, carrier, first_difference
+from swarmtune.repairs import neutralise
 from swarmtune.types import BlockSpan
 from swarmtune.weights import local_path
 from swarmtune.wire.frames import dump_json
+
+Head = Literal["causal_lm", "sequence_classification", "token_classification"]
+HEADS: Mapping[Head, tuple[str, Any]] = {
+    "causal_lm": ("causal language model", AutoModelForCausalLM),
+    "sequence_classification": ("sequence classifier", AutoModelForSequenceClassification),
+    "token_classification": ("token classifier", AutoModelForTokenClassification),
+}
+"""What a head is called, and the library's factory of models with it."""
 
 VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "_attn_implementation"})
 """Keys of a config.json that do not change what the model computes."""
@@ -43,13 +57,15 @@ class LayerSite:
         parent_name: dotted name of the module that loops over the layers, such as ``transformer``.
         attribute: name of its layer list, such as ``h``.
         num_blocks: how many layers there are.
-        returns_tuple: whether the parent expects a layer to return a tuple; known after ``check_identity``.
+        marks: per layer, what it says of itself in words, which the parent may read to choose its mask.
+        output_items: how many items the tuple has that the parent expects of a layer, 0 for bare hidden states; known after ``check_identity``.
     """
 
     parent_name: str
     attribute: str
     num_blocks: int
-    returns_tuple: bool = False
+    marks: tuple[Mapping[str, str], ...] = ()
+    output_items: int = 0
 
     @property
     def prefix(self) -> str:
@@ -62,22 +78,6 @@ class LayerSite:
             return None
         block, _, rest = name[len(self.prefix) :].partition(".")
         return int(block), rest
-
-
-class ZeroPositions(nn.Module):
-    """Stands in for a table of learned positions: the client has already added them."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A scalar zero, whatever is asked."""
-        return torch.zeros(())
-
-
-class Absent(nn.Module):
-    """Stands in for the token embedding of a span, which must never be used."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Raise: a span starts from hidden states."""
-        raise ModelUnsupported("a span was asked to embed tokens")
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -95,30 +95,39 @@ def load_config(model: str) -> PretrainedConfig:
 
 def config_digest(config: PretrainedConfig) -> str:
     """Sixteen hexadecimal digits that name what the model is, whatever its path, stored dtype and library version."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in VOLATILE_KEYS}
+    fields = {key: _finite(value) for key, value in config.to_dict().items() if key not in VOLATILE_KEYS}
     return hashlib.sha256(dump_json(fields)).hexdigest()[:16]
 
 
-HEADS: Mapping[str, Any] = {
-    "causal_lm": AutoModelForCausalLM,
-    "sequence_classification": AutoModelForSequenceClassification,
-    "token_classification": AutoModelForTokenClassification,
-}
-"""What may stand behind the body, and the library's class that builds a model with it."""
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: infinities, with which Mamba's configurations say that there is no limit, become words."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
-def build_skeleton(config: PretrainedConfig, head: str = "causal_lm") -> PreTrainedModel:
-    """The whole model with a head (``...ForCausalLM``) on the meta device: structure and names, no memory.
+def in_dtype(config: PretrainedConfig, dtype: torch.dtype) -> PretrainedConfig:
+    """A copy of ``config`` whose skeleton is made in ``dtype``, whatever the weights are stored in: constants of the library are rounded to that."""
+    found = copy.deepcopy(config)
+    found.dtype = dtype
+    return found
+
+
+def build_skeleton(config: PretrainedConfig, head: Head = "causal_lm") -> PreTrainedModel:
+    """The whole model with its head on the meta device: structure and names, no memory.
 
     Raises:
-        ModelUnsupported: the library has no causal language model for this configuration.
+        ModelUnsupported: the library has no model with this head for this configuration.
     """
+    what, auto = HEADS[head]
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = HEADS[head].from_config(copy.deepcopy(config), trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        what = {"causal_lm": "causal language model"}.get(head, f"model for {head.replace('_', ' ')}")
-        raise ModelUnsupported(f"no {what} can be built from a {config.model_type!r} configuration: {str(error)[:300]}") from error
+            model: PreTrainedModel = auto.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, ImportError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ModelUnsupported(f"no {what} can be built from a {config.model_type!r} configuration: {detail}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -129,7 +138,7 @@ def find_layers(model: PreTrainedModel) -> LayerSite:
         ModelUnsupported: there is none, or there are several.
     """
     sites = [
-        LayerSite(name.rpartition(".")[0], name.rpartition(".")[2], len(module))
+        LayerSite(name.rpartition(".")[0], name.rpartition(".")[2], len(module), tuple(_marks(layer) for layer in module))
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
@@ -139,54 +148,48 @@ def find_layers(model: PreTrainedModel) -> LayerSite:
     return sites[0]
 
 
+def _marks(layer: nn.Module) -> dict[str, str]:
+    return {name: value for name, value in vars(layer).items() if isinstance(value, str)}
+
+
 def truncate(model: PreTrainedModel, site: LayerSite, start: int, stop: int) -> nn.Module:
     """Cut ``model`` (consumed) down to the module that loops over its layers, with layers ``start:stop`` and neutral ends.
 
-    The result maps ``inputs_embeds`` to the output of the last layer kept. ``start == stop`` keeps no layer.
+    The result maps ``inputs_embeds`` to the output of the last layer kept. ``start == stop`` keeps no layer. The layers themselves stay as the
+    library built them for the whole model, their numbers and configuration included.
     """
     parent = model.get_submodule(site.parent_name)
+    config: Any = parent.config
+    neutralise(parent, site.attribute, hidden_size(config))
     layers = getattr(parent, site.attribute)
-    kept = nn.ModuleList(layers[start:stop])
-    _neutralise(parent, site)
-    setattr(parent, site.attribute, kept)
-    full: Any = parent.config
-    _use_config(parent, _slice_config(full, start, stop, site.num_blocks))
-    for module in parent.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx -= start  # type: ignore[operator, assignment]
+    _hold(parent, site, list(layers[start:stop]), _slice_config(config, start, max(stop, start + 1), site.num_blocks))
     return parent.eval().requires_grad_(False)
 
 
-def _use_config(parent: nn.Module, config: PretrainedConfig) -> None:
-    """Put ``config`` in the place of the one that ``parent`` shares with its modules."""
-    former = parent.config
-    for module in parent.modules():
-        if getattr(module, "config", None) is former:
-            module.config = config  # type: ignore[assignment]
-
-
-def _neutralise(parent: nn.Module, site: LayerSite) -> None:
-    """Replace the stem and the final norm; what has no parameters (rotary tables) stays."""
-    embedding = parent.get_input_embeddings() if isinstance(parent, PreTrainedModel) else None
-    for name, child in list(parent.named_children()):
-        if name == site.attribute or next(child.parameters(), None) is None:
-            continue
-        if child is embedding:
-            setattr(parent, name, Absent())
-        elif isinstance(child, nn.Embedding):
-            setattr(parent, name, ZeroPositions())
-        else:
-            setattr(parent, name, nn.Identity())
+def _hold(parent: nn.Module, site: LayerSite, layers: Sequence[nn.Module], config: PretrainedConfig) -> None:
+    """Make ``parent`` loop over ``layers`` as ``config`` says; all other modules keep the configuration of the whole model."""
+    setattr(parent, site.attribute, nn.ModuleList(layers))
+    parent.config = config  # type: ignore[assignment]
 
 
 def _slice_config(config: PretrainedConfig, start: int, stop: int, num_blocks: int) -> PretrainedConfig:
-    """A copy for ``stop - start`` layers: the count, and every list with one entry per layer."""
+    """A copy for ``stop - start`` layers: the count, and every list with one entry per layer, stored or computed."""
+
+    def per_layer(value: object) -> bool:
+        return isinstance(value, list | tuple) and len(value) == num_blocks
+
+    kind = type(config)
+    computed = {name: getattr(config, name, None) for name in dir(kind) if isinstance(inspect.getattr_static(kind, name), property)}
+    cut: dict[str, Any] = {name: value[start:stop] for name, value in computed.items() if value is not None and per_layer(value)}
     sliced = copy.deepcopy(config)
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == num_blocks and key != "architectures":
-            setattr(sliced, key, value[start:stop])
-    sliced.num_hidden_layers = stop - start
+    for name, value in vars(config).items():
+        if per_layer(value) and name != "architectures":
+            setattr(sliced, name, value[start:stop])
+    per_block = max(1, getattr(config, "num_hidden_layers", num_blocks) // num_blocks)  # LongCat counts two for each of its layers
+    sliced.num_hidden_layers = per_block * (stop - start)
     sliced.use_cache = False
+    if cut:  # what is computed from layer numbers, such as Jamba's period of attention layers, would be computed for the wrong ones
+        sliced.__class__ = type(kind.__name__, (kind,), cut)
     return sliced
 
 
@@ -194,28 +197,59 @@ def init_buffers(model: nn.Module, owner: PreTrainedModel, device: torch.device 
     """Give the buffers that were built on the meta device (rotary tables) their values, by the library's own initialisation.
 
     Args:
-        model: whose buffers.
-        owner: the library's model, which knows how.
-        device: where they go.
+        model: changed in place; its parameters keep their values.
+        owner: the model of the library that ``model`` is a part of, or is.
+        device: of the buffers.
         skip: ids of buffers that get their values elsewhere.
 
     Raises:
         ModelUnsupported: a buffer stays without a value.
     """
-    for module in model.modules():
-        pending = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta and id(buffer) not in skip]
-        if not pending:
-            continue
-        for name in pending:
+    pending = {
+        f"{place}.{name}": (module, name)
+        for place, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if _is_meta(buffer) and id(buffer) not in skip
+    }
+    if not pending:
+        return
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)] or [owner]
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # loaded values stay: the library skips what it believes done
+    found: list[dict[str, Tensor]] = []
+    for blank in (0, 1):  # what the library does not set differs between the two
+        for module, name in pending.values():
             empty = torch.empty_like(module.get_buffer(name), device=device)
-            module._buffers[name] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # loaded values stay: the library skips what it believes done
-        owner._init_weights(module)
-        for name in pending:
-            buffer = module.get_buffer(name)
-            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-                raise ModelUnsupported(f"the library gives no value to {type(module).__name__}.{name}")
+            module._buffers[name] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.fill_(blank)
+        _init_modules([module for module, _ in pending.values()], models)
+        if any(_is_unset(module.get_buffer(name)) for module, name in pending.values()):
+            _init_modules(models, models)  # a model may set the buffers of its layers
+        found.append({name: module.get_buffer(leaf) for name, (module, leaf) in pending.items()})
+    for name, (module, leaf) in pending.items():
+        one, other = found[0][name], found[1][name]
+        if _is_unset(other) or not torch.equal(one, other):
+            raise ModelUnsupported(f"the library gives no value to {type(module).__name__}.{leaf}")
+
+
+def _is_meta(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.is_meta
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and not bool(torch.isfinite(buffer).all())
+
+
+def _init_modules(modules: Sequence[nn.Module], models: Sequence[PreTrainedModel]) -> None:
+    """Run the library's initialisation for each module: that of the innermost model that holds it, as the library does."""
+    owners = {id(module): model for model in models for module in model.modules()}
+    for module in modules:
+        owner = owners.get(id(module), models[0])
+        try:
+            owner._init_weights(module)
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
+            raise ModelUnsupported(
+                f"the library cannot initialise {type(module).__name__} of {type(owner).__name__} in a span: {_line(error)}"
+            ) from error
 
 
 def call_span(parent: nn.Module, hidden_BTH: Tensor, **arguments: Any) -> Tensor:
@@ -224,57 +258,117 @@ def call_span(parent: nn.Module, hidden_BTH: Tensor, **arguments: Any) -> Tensor
     return output
 
 
-class _Echo(nn.Module):
-    """A layer that returns its input, bare or in a tuple."""
-
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Do nothing."""
-        return (hidden_BTH,) if self.returns_tuple else hidden_BTH
-
-
 def check_identity(config: PretrainedConfig) -> LayerSite:
-    """Make sure that spans of this model add up to the model: a span of no layers must return its input to the bit.
+    """Make sure that spans of this model add up to the model.
 
-    Also finds out in which form the parent expects a layer's output.
+    A span of no layers must return its input to the bit, and stand-in layers in spans must be given, to the bit, what they are given in the whole.
+    Also finds out in which form the module that loops over the layers expects a layer's output.
 
     Raises:
-        ModelUnsupported: it does not, so something outside the layers would run once per span.
+        ModelUnsupported: something outside the layers would run once per span, or layers depend on more than their input.
     """
     model = build_skeleton(config)
-    site = find_layers(model)
+    site, name = find_layers(model), type(model).__name__
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelUnsupported(f"the weights of {name} are stored quantised, which spans do not unpack: use a checkpoint in bfloat16 or float32")
+    check_apart(model, site)
     full: Any = model.get_submodule(site.parent_name).config
-    parent = truncate(model, site, 0, 0)
+    try:
+        parent = truncate(model, site, 0, 0)
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        raise ModelUnsupported(f"the configuration of {name} cannot be cut to a span of its layers: {_line(error)}") from error
     if any(getattr(module, "rope_type", None) == "dynamic" for module in parent.modules()):
-        raise ModelUnsupported(f"{type(model).__name__} uses dynamic rotary scaling, which depends on earlier calls: use another rope_type")
+        raise ModelUnsupported(f"{name} uses dynamic rotary scaling, which depends on earlier calls: use another rope_type")
     init_buffers(parent, model)
-    if not _echoes(parent, site, []):
-        raise ModelUnsupported(
-            f"{type(model).__name__} changes hidden states outside its layers (a span of zero layers is not the identity), "
-            "so it cannot be cut into spans exactly: use a model that passes this check"
-        )
-    _use_config(parent, _slice_config(full, 0, 1, site.num_blocks))
-    for returns_tuple in (False, True):
-        if _echoes(parent, site, [_Echo(returns_tuple)]):
-            return replace(site, returns_tuple=returns_tuple)
-    raise ModelUnsupported(f"{type(model).__name__} does not take the output of a stand-in layer: use another model")
+    if (why := _why_not_identity(parent, hidden_size(full))) is not None:
+        raise ModelUnsupported(f"{name} {why} (a span of zero layers is not the identity), so it cannot be cut into spans exactly: use another model")
+    forms = []
+    for items in (0, 1, 2):
+        _hold(parent, site, [StandIn(site.marks[0], items)], full)
+        if _why_not_identity(parent, hidden_size(full)) is None:
+            forms.append(items)
+    if not forms:
+        raise ModelUnsupported(f"{name} does not take the output of a stand-in layer: use another model")
+    _check_cuts(parent, replace(site, output_items=forms[-1]), full, name)  # the longest form, because what follows hidden states might be handed on
+    return replace(site, output_items=forms[0])
 
 
-def _echoes(parent: nn.Module, site: LayerSite, layers: list[nn.Module]) -> bool:
-    """Whether ``parent`` over ``layers`` returns its input, with and without a mask."""
-    setattr(parent, site.attribute, nn.ModuleList(layers))
-    generator = torch.Generator().manual_seed(0)
-    hidden_BTH = torch.randn(2, 5, hidden_size(cast(PretrainedConfig, parent.config)), generator=generator)
-    mask_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+def check_apart(model: PreTrainedModel, site: LayerSite) -> None:
+    """Make sure that layers share no parameter with each other or with the rest.
+
+    Raises:
+        ModelUnsupported: they do.
+    """
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        place = site.split(name)
+        owner = "stem or head" if place is None else f"layer {place[0]}"
+        if owners.setdefault(id(parameter), owner) != owner:
+            raise ModelUnsupported(f"{type(model).__name__} shares {name} between {owners[id(parameter)]} and {owner}, so its layers cannot be split")
+
+
+def _check_cuts(parent: nn.Module, site: LayerSite, full: PretrainedConfig, name: str) -> None:
+    """Compare what stand-in layers are given in the whole with what they are given in spans: of each layer alone, and of the rest after some."""
+    generator, full = torch.Generator().manual_seed(1), _with_narrow_windows(full)
+    start_BTH, count = _sample(hidden_size(full)), site.num_blocks
+    added = [torch.randn(start_BTH.shape, generator=generator) for _ in range(count)]
+
+    def run(start: int, stop: int, hidden_BTH: Tensor) -> list[StandIn]:
+        layers = [StandIn(site.marks[block], site.output_items, added[block]) for block in range(start, stop)]
+        _hold(parent, site, layers, _slice_config(full, start, stop, count))
+        try:
+            with torch.no_grad():
+                for mask_BT in _MASKS:
+                    call_span(parent, hidden_BTH.clone(), attention_mask=mask_BT)
+        except _FAILURES as error:
+            raise ModelUnsupported(f"{name} cannot run its layers {start}:{stop} alone: {_line(error)}") from error
+        return layers
+
+    whole = run(0, count, start_BTH)
+    if skipped := [block for block, layer in enumerate(whole) if not layer.given]:
+        raise ModelUnsupported(f"{name} does not run its layer {skipped[0]} on text alone, so it cannot be cut into spans")
+    if (shared := carrier([given for layer in whole for given in layer.given])) is not None:
+        raise ModelUnsupported(f"{name} lets its layers hand things to each other through their argument {shared}, so they cannot be split")
+    alone = ((block, block + 1) for block in range(count))
+    for start, stop in dict.fromkeys([*alone, *((start, count) for start in (1, count // 2) if 0 < start < count)]):
+        cut = run(start, stop, whole[start].given[0].hidden_BTH)
+        for block, layer in enumerate(cut, start):
+            if (what := first_difference(whole[block].given, layer.given)) is not None:
+                raise ModelUnsupported(f"{name} gives its layer {block} other {what} in a span than in the whole model, so it cannot be split")
+
+
+def _with_narrow_windows(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy whose attention windows are narrower than the samples, so that layers of one kind are given other masks than layers of another."""
+    found = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if type(value) is int and value > 2 and re.search(r"window(?!_layers)|attention_chunk", name):
+            setattr(found, name, 2)
+    return found
+
+
+_FAILURES = (TypeError, RuntimeError, AttributeError, IndexError, ValueError, KeyError, NotImplementedError, ModelUnsupported, StopIteration)
+"""What a forward that was not made for being cut may raise."""
+_MASKS = (None, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
+
+
+def _sample(width: int) -> Tensor:
+    return torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+
+
+def _why_not_identity(parent: nn.Module, width: int) -> str | None:
+    """What keeps ``parent`` from returning its input to the bit, with and without masks; ``None`` where it does."""
+    hidden_BTH = _sample(width)
     try:
         with torch.no_grad():
-            outputs = [call_span(parent, hidden_BTH.clone(), attention_mask=mask) for mask in (None, mask_BT)]
-    except (TypeError, RuntimeError, AttributeError, IndexError, ValueError, KeyError):
-        return False
-    return all(isinstance(output, Tensor) and torch.equal(output, hidden_BTH) for output in outputs)
+            outputs = [call_span(parent, hidden_BTH.clone(), attention_mask=mask_BT) for mask_BT in _MASKS]
+    except _FAILURES as error:
+        return f"does not run on hidden states alone: {_line(error)}"
+    same = all(isinstance(output, Tensor) and torch.equal(output, hidden_BTH) for output in outputs)
+    return None if same else "changes hidden states outside its layers"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def hidden_size(config: PretrainedConfig) -> int:

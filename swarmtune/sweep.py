@@ -180,7 +180,8 @@ def _report(folder: Path, trials: Sequence[Trial], results: Sequence[dict[str, A
     keys = [word.partition("=")[0] for word in trials[0].words]
     losses = {number: result["val_loss_after"] for number, result in enumerate(results) if result and result.get("val_loss_after") is not None}
     best = min(losses, key=losses.__getitem__) if losses else None
-    names = ["run", *keys, "val loss", "perplexity", "tok/s", "seconds", "state"]
+    classifiers = any(result and result.get("val_accuracy_after") is not None for result in results)
+    names = ["run", *keys, "val loss", "accuracy" if classifiers else "perplexity", "tok/s", "seconds", "state"]
     rows = [
         [trial.run_dir.name, *(word.partition("=")[2] for word in trial.words), *_figures(result, number == best)]
         for number, (trial, result) in enumerate(zip(trials, results, strict=True))
@@ -206,10 +207,10 @@ def _figures(result: dict[str, Any] | None, best: bool) -> list[str]:
         return ["", "", "", "", "not done"]
     if "error" in result:
         return ["", "", "", "", f"failed: {printable(result['error'], 60)}"]
-    loss, perplexity = result["val_loss_after"], result["val_ppl_after"]
+    loss, perplexity, accuracy = result["val_loss_after"], result["val_ppl_after"], result.get("val_accuracy_after")
     return [
         "" if loss is None else f"{loss:.4f}",
-        "" if perplexity is None else f"{perplexity:,.2f}",
+        f"{accuracy:.1%}" if accuracy is not None else "" if perplexity is None else f"{perplexity:,.2f}",
         f"{result['tokens_per_s']:,.0f}",
         f"{result['seconds']:,.0f}",
         "best" if best else "done",

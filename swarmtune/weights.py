@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def local_path(model: str) -> Path | None:
 
 
 class Checkpoint:
-    """The tensors of a model, by their names in the library's modules.
+    """The stored tensors of a model, by the names under which they are stored.
 
     Attributes:
         opened: names of the shard files opened so far.
@@ -46,10 +46,9 @@ class Checkpoint:
         self.opened: set[str] = set()
         self._shard_of = self._read_index()
 
-    def find(self, name: str, base_prefix: str) -> str | None:
-        """The stored key of the module parameter ``name``: as it is, or with or without the base model's prefix."""
-        candidates = (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}")
-        return next((key for key in candidates if key in self._shard_of), None)
+    def keys(self) -> Set[str]:
+        """The names of all stored tensors, as they are stored."""
+        return self._shard_of.keys()
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield stored tensors shard by shard, as they are on disk.
@@ -114,88 +113,12 @@ class Checkpoint:
         return Path(found) if found else None
 
 
-def fill(
-    module: nn.Module,
-    stored_names: Mapping[str, str],
-    checkpoint: Checkpoint,
-    base_prefix: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    observe: Callable[[str, Tensor], None] | None = None,
-) -> None:
-    """Give parameters and persistent buffers of ``module`` their stored values, cast to ``dtype``.
-
-    Args:
-        module: on the meta device; its tensors are replaced.
-        stored_names: name in ``module`` to the full name in the library's model.
-        checkpoint: where the values are.
-        base_prefix: the library's ``base_model_prefix``.
-        dtype: of the floating-point values.
-        device: where the values go.
-        observe: called with each name in ``module`` and its tensor as stored.
-
-    Raises:
-        ModelUnsupported: a tensor is missing, has another shape, or holds a weight that is not finite in ``dtype``.
-    """
-    names_of: dict[str, list[str]] = {}
-    for name, full_name in stored_names.items():
-        key = checkpoint.find(full_name, base_prefix)
-        if key is None:
-            raise ModelUnsupported(
-                f"the checkpoint has no tensor {full_name}: it is incomplete, or needs a conversion by the library that spans do not do"
-            )
-        names_of.setdefault(key, []).append(name)
-    for key, tensor in checkpoint.read(names_of):
-        for name in names_of[key]:
-            if observe is not None:
-                observe(name, tensor)
-            _assign(module, name, tensor, key, dtype, device)
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor, key: str, dtype: torch.dtype, device: torch.device) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    expected = getattr(owner, leaf)
-    if expected.shape != tensor.shape:
-        raise ModelUnsupported(f"the checkpoint's {key} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(expected.shape)}")
-    value = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
-    if isinstance(expected, nn.Parameter):
-        if not _all_finite(value):
-            raise ModelUnsupported(
-                f"the checkpoint's {key} holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}: it is damaged, or needs another dtype"
-            )
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        owner.register_buffer(leaf, value)
-
-
 def block_names(layer: nn.Module, prefix: str, block: int) -> dict[str, str]:
     """The stored tensors of a block: name within the block to the full name in the library's model."""
     return {name: f"{prefix}{block}.{name}" for name in layer.state_dict()}
 
 
-def stored_digest(names: Mapping[str, str], checkpoint: Checkpoint, base_prefix: str) -> tuple[str, int] | None:
-    """The digest of a block (see ``block_names``) and the bytes read for it; ``None`` where not all of it is on this disk: nothing is downloaded.
-
-    Raises:
-        ModelUnsupported: a shard cannot be read.
-    """
-    names_of: dict[str, list[str]] = {}
-    for name, full_name in names.items():
-        key = checkpoint.find(full_name, base_prefix)
-        if key is None:
-            return None
-        names_of.setdefault(key, []).append(name)
-    if not checkpoint.on_disk(names_of):
-        return None
-    digests, read_bytes = {}, 0
-    for key, tensor in checkpoint.read(names_of):
-        read_bytes += tensor.nbytes
-        digests.update(dict.fromkeys(names_of[key], tensor_digest(tensor)))
-    return block_digest(digests), read_bytes
-
-
-def _all_finite(value: Tensor) -> bool:
+def all_finite(value: Tensor) -> bool:
     """Whether no element is NaN or infinite: the extremes tell, in a pass much shorter than that of a digest."""
     return not value.is_floating_point() or not value.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
 

@@ -179,7 +179,8 @@ def step(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, 
     model.zero_grad()
     output = model(**inputs)
     output.loss.backward()
-    grads = {name.removeprefix("adapter."): parameter.grad.clone() for name, parameter in trainable(model).items()}
+    learns = dict(model.adapter.named_parameters()) if hasattr(model, "adapter") else trainable(model)
+    grads = {name: parameter.grad.clone() for name, parameter in learns.items()}
     return output.logits.detach(), output.loss.detach(), grads
 
 

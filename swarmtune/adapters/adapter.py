@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.injection import weightless
+from swarmtune.adapters.injection import HEAD_OF_TASK, weightless
 from swarmtune.adapters.parts import (
     OWN_CONFIGS,
     DeepPromptConfig,
@@ -29,7 +30,8 @@ from swarmtune.adapters.parts import (
     StandIns,
     read_own_config,
 )
-from swarmtune.adapters.peft_part import CONFIG_FILE, PeftPart, read_config
+from swarmtune.adapters.peft_part import CONFIG_FILE, WEIGHTS_FILE, PeftPart, read_config
+from swarmtune.adapters.tuners import check_supported
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.skeleton import LayerSite, build_skeleton, find_layers
 from swarmtune.types import Kwarg
@@ -247,6 +249,17 @@ def parse(adapter: object) -> list[Recipe]:
     return recipes
 
 
+def check(adapter: object) -> None:
+    """Check what can be checked of ``adapter=`` without a model.
+
+    Raises:
+        UsageError: what ``parse`` raises, and types and settings that are not supported.
+    """
+    for config, _ in parse(adapter):
+        if isinstance(config, PeftConfig):
+            check_supported(config)
+
+
 def _check_mix(recipes: Sequence[Recipe]) -> None:
     """Refuse what would act twice on one thing."""
     own = {type(config) for config, _ in recipes}
@@ -285,9 +298,39 @@ def offline_adapter(model_config: PretrainedConfig, adapter: object, model_name:
     Raises:
         UsageError: the adapter cannot be used, with the reason.
     """
-    model = weightless(build_skeleton(model_config))
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
-    return make_adapter(parse(adapter), model, find_layers(model), model_name, head=head)
+    recipes = parse(adapter)
+    labels = saved_labels(recipes)
+    if labels is not None:
+        model_config = copy.deepcopy(model_config)
+        model_config.num_labels = labels
+    tasks = [str(getattr(config.task_type, "value", config.task_type)) for config, _ in recipes if isinstance(config, PeftConfig)]
+    kind = "sequence_classification" if labels is not None and not tasks else HEAD_OF_TASK.get(tasks[0] if tasks else "", "causal_lm")
+    model = weightless(build_skeleton(model_config, kind))
+    names = {id(module): name for name, module in model.named_modules()}
+    return make_adapter(recipes, model, find_layers(model), model_name, head=names.get(id(head_of(model)), ""))
+
+
+def head_of(model: PreTrainedModel) -> nn.Module | None:
+    """The module behind the body that gives logits."""
+    output = model.get_output_embeddings()
+    if output is not None:
+        return output
+    return next((module for name, module in model.named_children() if name in ("score", "classifier") and isinstance(module, nn.Linear)), None)
+
+
+def saved_labels(recipes: Sequence[Recipe]) -> int | None:
+    """How many classes the saved head of a classifier has; ``None`` where none is saved."""
+    for config, saved in recipes:
+        file = None if saved is None else saved / (WEIGHTS_FILE if isinstance(config, PeftConfig) else f"{config.FILE}.safetensors")
+        if file is not None and file.is_file():
+            try:
+                with safe_open(file, "pt") as stored:
+                    for name in stored.keys():  # noqa: SIM118  # it is no mapping
+                        if name.endswith(("score.weight", "classifier.weight")):
+                            return int(stored.get_slice(name).get_shape()[0])
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{file} is not a whole safetensors file: {error}") from error
+    return None
 
 
 def _register(owner: nn.Module, name: str, value: Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -22,12 +23,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from swarmtune.adapters.tuners import MAX_COUNT, TUNERS, kind_of, rebuild, resolve
 from swarmtune.errors import AdapterUnsupported, WireError
-from swarmtune.skeleton import LayerSite, build_skeleton, find_layers
+from swarmtune.skeleton import Head, LayerSite, build_skeleton, find_layers, in_dtype
 from swarmtune.wire.messages import AdapterSpec
 
 ADAPTER_NAME = "default"
 PEFT_PREFIX = "base_model.model."
-HEAD_OF_TASK = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "sequence_classification", "TOKEN_CLS": "token_classification"}
+HEAD_OF_TASK: Mapping[str, Head] = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "sequence_classification", "TOKEN_CLS": "token_classification"}
 """PEFT's names of tasks, and our names of heads."""
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")
 """What PEFT puts into the names of the modules that it wraps."""
@@ -88,9 +89,12 @@ def tuner_tensors(model: PreTrainedModel, site: LayerSite, plain: frozenset[str]
     return tensors
 
 
-def travels(spec: AdapterSpec, tensor: Tensor) -> bool:
-    """Whether a tuner's tensor comes with each call; integer ones mostly follow from the configuration."""
-    return tensor.is_floating_point() or TUNERS[str(spec.config["peft_type"])].integers
+def travels(spec: AdapterSpec, item: TunerTensor) -> bool:
+    """Whether a tuner's tensor comes with each call; some, and most integer ones, follow from the configuration."""
+    tuner = TUNERS[str(spec.config["peft_type"])]
+    if not item.tensor.is_floating_point():
+        return tuner.integers
+    return not any(part in item.name.split(".") for part in tuner.computed)
 
 
 def derived(config: PeftConfig, name: str) -> bool:
@@ -136,6 +140,12 @@ def spec_of(injected: PeftModel, config: PeftConfig, site: LayerSite) -> Adapter
         AdapterUnsupported: modules inside and outside of the blocks share what cannot be shared over a network.
     """
     base = cast(PreTrainedModel, injected.get_base_model())
+    fused = next((name for name, module in base.named_modules() if isinstance(module, ParamWrapper)), None)
+    if fused is not None:
+        raise AdapterUnsupported(
+            f"PEFT puts this adapter on the fused experts in {fused.removesuffix('.base_layer')}, which is not supported: leave expert layers "
+            "(such as gate_proj, up_proj, down_proj) out of target_modules"
+        )
     inside: dict[str, Any] = {}
     copied, outside = [], []
     for name, module in base.named_modules():
@@ -152,7 +162,7 @@ def spec_of(injected: PeftModel, config: PeftConfig, site: LayerSite) -> Adapter
     if not inside and not copied:
         return None
     kind = kind_of(config)
-    if outside and kind in ("VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA", "UNILORA", "LILY"):
+    if outside and TUNERS[kind].joint:
         raise AdapterUnsupported(
             f"target module {outside[0]} lies outside the blocks, and {type(config).__name__} shares tensors between all of its modules: "
             "leave it out of target_modules"
@@ -225,7 +235,9 @@ def inject_plain(model: PreTrainedModel, spec: AdapterSpec, site: LayerSite, blo
     """
     plain = plain_names(model)
     tuner = TUNERS.get(str(spec.config.get("peft_type")))
-    config = rebuild(spec, site.prefix, None if tuner is None or tuner.joint else blocks)
+    targets = spec.config.get("modules")
+    near = isinstance(targets, list) and blocks is not None and any(str(name).partition(".")[0] in map(str, blocks) for name in targets)
+    config = rebuild(spec, site.prefix, blocks if near and tuner is not None and not tuner.joint else None)
     modules = dict(model.named_modules())
     for name in [*spec.config["modules"], *spec.config.get("copied", [])]:
         if site.prefix + name not in modules:
@@ -275,7 +287,10 @@ def _resize(model: PreTrainedModel, site: LayerSite, spec: AdapterSpec, blocks: 
 
 def fresh(model_config: PretrainedConfig, config: PeftConfig) -> PeftModel:
     """PEFT's layers in a skeleton without weights, for values to be put into; as little as possible is initialised, for that may take long."""
-    skeleton = build_skeleton(model_config, HEAD_OF_TASK.get(str(getattr(config.task_type, "value", config.task_type)), "causal_lm"))
+    # Copies of norms and biases must not be rounded to the type of the model.
+    skeleton = build_skeleton(
+        in_dtype(model_config, torch.float32), HEAD_OF_TASK.get(str(getattr(config.task_type, "value", config.task_type)), "causal_lm")
+    )
     tuner = TUNERS.get(kind_of(config))
     if tuner is None or tuner.materialised or getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None):
         return inject(weightless(skeleton), config)

@@ -136,7 +136,7 @@ class PeftPart:
         self._stand_in(site, plain, initial if saved is None else None)
         for item in tensors if self.spec is not None else ():
             assert self.spec is not None
-            if not travels(self.spec, item.tensor):
+            if not travels(self.spec, item):
                 continue
             name = names[id(item.tensor)]
             if name not in self.parameters:
@@ -199,7 +199,9 @@ class PeftPart:
 
     def after_step(self, step: int) -> None:
         """PEFT's rule for the end of an optimizer step, gradients still there: AdaLoRA moves ranks between modules."""
-        if self._tuner is not None:
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        # A loss scaler skips steps whose gradients are not finite, and so does the rule.
+        if self._tuner is not None and all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads):
             self._tuner.update_and_allocate(step)
 
     def rule_state(self) -> dict[str, Any]:

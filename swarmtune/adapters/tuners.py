@@ -58,7 +58,8 @@ class Tuner:
         derived: parts of the names of tensors that PEFT computes from body weights: their first values come from the servers.
         draws: derived values depend on random numbers too.
         materialised: a server needs more than names and shapes: PEFT computes indices or permutations while it injects.
-        joint: what PEFT computes for one module depends on all others.
+        computed: parts of the names of tensors that a server computes while it materialises the tuner, so that they need not travel.
+        joint: modules share tensors, or what PEFT computes for one depends on the others: a server must know them all.
         integers: integer tensors travel too; others are computed where a tuner is materialised.
         mixes_rows: what it computes for one row of a batch depends on the others, so a batch cannot be cut into micro-batches.
         trains: whether training it through a swarm is what training it locally is; ``why`` says why not.
@@ -74,6 +75,7 @@ class Tuner:
     derived: tuple[str, ...] = ()
     draws: bool = False
     materialised: bool = False
+    computed: tuple[str, ...] = ()
     joint: bool = False
     integers: bool = False
     mixes_rows: bool = False
@@ -97,7 +99,9 @@ TUNERS: Mapping[str, Tuner] = {
         dropout="lora_dropout",
     ),
     "BEFT": Tuner(),
-    "BOFT": Tuner(("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", _FAN), unseedable=("boft_dropout",), materialised=True),
+    "BOFT": Tuner(
+        ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", _FAN), unseedable=("boft_dropout",), materialised=True, computed=("boft_P",)
+    ),
     "C3A": Tuner(("block_size",), ("block_size_pattern",)),
     "DEFT": Tuner(
         ("r", "decomposition_method", "init_scale", "alpha", "para", "init_weights", _FAN), dropout="deft_dropout", derived=("deft_R",), draws=True
@@ -116,6 +120,7 @@ TUNERS: Mapping[str, Tuner] = {
             "exclude_modules": (None, "which modules share tensors follows from the names of its targets alone"),
         },
         mixes_rows=True,
+        joint=True,
     ),
     "LN_TUNING": Tuner(derived=("ln_tuning_layers",)),
     "LOHA": Tuner(("r", "alpha", "use_effective_conv2d"), ("rank_pattern", "alpha_pattern"), unseedable=("rank_dropout", "module_dropout")),
@@ -150,9 +155,13 @@ TUNERS: Mapping[str, Tuner] = {
         fixed={"sample_at_inference": (False, "a recomputed sample would differ")},
         trains=False,
         why="it samples its activations while it trains, and a recomputed sample would differ",
+        joint=True,
     ),
     "RANDLORA": Tuner(
-        ("r", "randlora_alpha", _FAN), local=("projection_prng_key", "save_projection", "sparse", "very_sparse"), dropout="randlora_dropout"
+        ("r", "randlora_alpha", _FAN),
+        local=("projection_prng_key", "save_projection", "sparse", "very_sparse"),
+        dropout="randlora_dropout",
+        joint=True,
     ),
     "ROAD": Tuner(("variant", "group_size")),
     "SHIRA": Tuner(
@@ -172,6 +181,7 @@ TUNERS: Mapping[str, Tuner] = {
         local=("save_projection", "init_v_bound"),
         dropout="tinylora_dropout",
         derived=("tinylora_A", "tinylora_B"),
+        joint=True,
     ),
     "TRAINABLE_TOKENS": Tuner(local=("token_indices",)),
     "UNILORA": Tuner(
@@ -179,6 +189,7 @@ TUNERS: Mapping[str, Tuner] = {
         local=("init_theta_d_bound", "save_indices"),
         dropout="unilora_dropout",
         materialised=True,
+        computed=("unilora_scales_A", "unilora_scales_B"),
         joint=True,
     ),
     "VBLORA": Tuner(
@@ -186,8 +197,9 @@ TUNERS: Mapping[str, Tuner] = {
         local=("init_vector_bank_bound", "init_logits_std"),
         dropout="vblora_dropout",
         fixed={"save_only_topk_weights": (False, "what it saves cannot be trained on")},
+        joint=True,
     ),
-    "VERA": Tuner(("r", _FAN), local=("projection_prng_key", "save_projection", "d_initial"), dropout="vera_dropout"),
+    "VERA": Tuner(("r", _FAN), local=("projection_prng_key", "save_projection", "d_initial"), dropout="vera_dropout", joint=True),
     "WAVEFT": Tuner(
         ("n_frequency", "scaling", "wavelet_family", "use_idwt", "random_loc_seed", _FAN),
         ("n_frequency_pattern",),

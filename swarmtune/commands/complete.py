@@ -203,7 +203,7 @@ def _values(before: list[str], key: str, value: str) -> list[str]:
     if key == "resume":
         return ["auto", *paths(value, ())]
     if key in VERBATIM:
-        return paths(value, None if key == "data.path" else ())
+        return paths(value, None if key in ("data.path", "data.chat_template_file") else ())
     group, _, name = key.rpartition(".")
     hints = _fields(before, group) if group else typing.get_type_hints(Config)
     return _values_of(hints.get(name))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from swarmtune.commands.arguments import Parser
 from swarmtune.errors import UsageError
 from swarmtune.files import write_json
-from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, CONFIG, FACTS, LOCK, SUMMARY
+from swarmtune.train.run_dir import ADAPTER, CHAT_TEMPLATE, CHECKPOINTS, CONFIG, FACTS, LABELS, LOCK, SUMMARY
 from swarmtune.train.saved_state import MANIFEST, STATE, find_damage, newest_checkpoint, step_folders, step_of
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_FILE = "adapter_config.json"
+OWN_FILES = ("deep_prompts_config.json", "stand_in_config.json", "head_config.json")
+"""What marks the parts of an adapter that are not PEFT's."""
 MARKER = "swarmtune_export.json"
 """The file by which an export is known again; it says where it came from, and lists what was written."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,7 +89,7 @@ def find_adapter(source: Path) -> Found:
         source = source.parent
     if not source.is_dir():
         raise UsageError(f"export: there is no directory {source}")
-    if (source / ADAPTER_FILE).is_file():
+    if _is_adapter(source):
         step = _check_whole(source.parent) if _is_checkpoint(source.parent) else None
         return Found(source, "the adapter", step)
     if _is_checkpoint(source) or step_of(source) is not None:
@@ -107,9 +109,13 @@ def _check_whole(checkpoint: Path) -> int | None:
     return step_of(checkpoint)
 
 
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (ADAPTER_FILE, *OWN_FILES))
+
+
 def _adapter_of_run(run: Path) -> Found:
     own = run / ADAPTER
-    has_own = (own / ADAPTER_FILE).is_file()
+    has_own = _is_adapter(own)
     steps = [step_of(folder) or 0 for folder in step_folders(run / CHECKPOINTS)]
     newest = max(steps, default=-1)
     final = _final_step(run)
@@ -186,6 +192,9 @@ def _placed(found: Found, model: str, destination: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
         target = temporary / destination.name
         yield target
+        for name in (CHAT_TEMPLATE, LABELS):
+            if (found.folder / name).is_file():
+                shutil.copyfile(found.folder / name, target / name)
         _mark(target, found)
         _replace(target, destination)
     except OSError as error:
@@ -198,7 +207,7 @@ def _placed(found: Found, model: str, destination: Path) -> Iterator[Path]:
 def _mark(target: Path, found: Found) -> None:
     """Write the marker, and give every file the permissions that a new one has here."""
     paths = sorted(target.rglob("*"))
-    usual = next(path for path in paths if path.name in (ADAPTER_FILE, "config.json")).stat().st_mode & 0o777
+    usual = next(path for path in paths if path.name in (ADAPTER_FILE, *OWN_FILES, "config.json")).stat().st_mode & 0o777
     for path in paths:
         if path.is_file():
             path.chmod(usual)
@@ -259,7 +268,8 @@ def _export_adapter(found: Found, model: str, destination: Path, dtype: str | No
         except UsageError as error:
             raise UsageError(f"export: {str(error).replace(str(target), str(destination))}") from error
     count = sum(parameter.numel() for parameter in adapter.parameters())
-    print(f"wrote {found.what} ({found.folder}) to {destination}: {count:,} parameters, loaded again by PEFT and equal")
+    checked = "loaded again by PEFT and equal" if adapter.peft is not None else "in swarmtune's own format, which PEFT does not load"
+    print(f"wrote {found.what} ({found.folder}) to {destination}: {count:,} parameters, {checked}")
 
 
 def _export_merged(found: Found, model: str, destination: Path, dtype: str | None) -> None:
@@ -267,7 +277,11 @@ def _export_merged(found: Found, model: str, destination: Path, dtype: str | Non
     from swarmtune.skeleton import build_skeleton, load_config, stored_dtype
 
     config = load_config(model)
-    offline_adapter(config, found.folder, model)  # refuses an adapter that does not fit before the whole model is loaded
+    adapter = offline_adapter(config, found.folder, model)  # refuses one that does not fit before the whole model is loaded
+    if adapter.peft is None or adapter.own or adapter.peft.wrapped is not None:
+        raise UsageError(f"export: {adapter.title} cannot be merged into a model's weights: export it without --merge")
+    if str(getattr(adapter.peft.config.task_type, "value", adapter.peft.config.task_type)) != "CAUSAL_LM":
+        raise UsageError("export: only adapters of causal language models can be merged: export this one without --merge")
     parameters = sum(parameter.numel() for parameter in build_skeleton(config).parameters())
     size = {"float32": 4}.get(dtype, 2) if dtype else stored_dtype(config).itemsize
     print(f"merging loads the whole model: {parameters:,} parameters, about {_human(parameters * size)} of memory", flush=True)

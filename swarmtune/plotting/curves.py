@@ -120,11 +120,18 @@ class RunCurves:
     mean_loss: Points
     val_loss: Points
     perplexity: Points
+    accuracy: Points
+    """Of a classifier, instead of a perplexity."""
     tokens_per_s: Points
     up_mb: Points
     down_mb: Points
     traffic_mb: Points
     """Up and down together; megabytes per training step, all three."""
+
+
+def are_classifiers(curves: Sequence[RunCurves]) -> bool:
+    """Whether accuracies are to be shown where perplexities would be: some run has the former, and none the latter."""
+    return any(of.accuracy[0] for of in curves) and not any(of.perplexity[0] for of in curves)
 
 
 def curves_of(run: Run, scale: Scale) -> RunCurves:
@@ -135,6 +142,7 @@ def curves_of(run: Run, scale: Scale) -> RunCurves:
         mean_loss=every_nth(x, running_mean(run.train.loss)),
         val_loss=every_nth(val_x, run.val.loss),
         perplexity=_present(*every_nth(val_x, run.val.perplexity)),
+        accuracy=_present(*every_nth(val_x, run.val.accuracy)),
         tokens_per_s=_present(*thin(x, run.train.tokens_per_s)),
         up_mb=_per_step(run, x, run.train.bytes_up),
         down_mb=_per_step(run, x, run.train.bytes_down),

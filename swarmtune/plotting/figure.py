@@ -19,6 +19,7 @@ from swarmtune.plotting.curves import (
     Points,
     RunCurves,
     Scale,
+    are_classifiers,
     line_style,
     spread_widely,
     time_unit,
@@ -47,7 +48,7 @@ def draw_runs(shown: Comparison) -> bytes:
     grid = figure.add_gridspec(2, 1, height_ratios=(curves_in, bars_in))
     upper, lower = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     panels = upper.subplots(2, 2).flat
-    for panel, draw in zip(panels, (_draw_loss, _draw_perplexity, _draw_speed, _draw_traffic), strict=True):
+    for panel, draw in zip(panels, (_draw_loss, _draw_meaning, _draw_speed, _draw_traffic), strict=True):
         draw(panel, shown.curves)
         _finish(panel, shown.scale)
     _draw_bars(lower.subplots(), shown.bars)
@@ -99,10 +100,16 @@ def _draw_loss(panel: Axes, curves: Sequence[RunCurves]) -> None:
         panel.set_title("loss (points: held-out)")
 
 
-def _draw_perplexity(panel: Axes, curves: Sequence[RunCurves]) -> None:
-    for index, of in enumerate(curves):
-        _line(panel, of.perplexity, **({"color": HELD_OUT} if len(curves) == 1 else _style(index)), marker="o", markersize=4)
-    if spread_widely([of.perplexity for of in curves]):
+def _draw_meaning(panel: Axes, curves: Sequence[RunCurves]) -> None:
+    """What held-out losses mean: perplexities, or accuracies of classifiers."""
+    classifiers = are_classifiers(curves)
+    drawn = [of.accuracy if classifiers else of.perplexity for of in curves]
+    for index, points in enumerate(drawn):
+        _line(panel, points, **({"color": HELD_OUT} if len(curves) == 1 else _style(index)), marker="o", markersize=4)
+    if classifiers:
+        panel.set(title="accuracy on held-out texts", ylabel="share of texts", ylim=(0, 1.02))
+        return
+    if spread_widely(drawn):
         panel.set_yscale("log")
     panel.set(title="perplexity on held-out text", ylabel="perplexity")
 

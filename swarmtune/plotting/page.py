@@ -21,6 +21,7 @@ from swarmtune.plotting.curves import (
     TRAINING,
     Points,
     RunCurves,
+    are_classifiers,
     line_style,
     spread_widely,
     text_of,
@@ -76,15 +77,9 @@ def _digest(text: str) -> str:
 def _charts(shown: Comparison) -> dict[str, Any]:
     prefixes = [""] if shown.alone else [f"{name}: " for name in shown.names]
     numbered = list(enumerate(shown.curves))
-    perplexity = [_series(f"{prefixes[index]}perplexity", of.perplexity, _style(prefixes, index, HELD_OUT), joined=True) for index, of in numbered]
     charts = [
         {"title": "loss", "unit": "nats per token", "series": [one for index, of in numbered for one in _loss(of, prefixes, index)]},
-        {
-            "title": "perplexity on held-out text",
-            "unit": "perplexity",
-            "log": spread_widely([of.perplexity for of in shown.curves]),
-            "series": perplexity,
-        },
+        _meaning(shown.curves, prefixes),
         {
             "title": "speed",
             "unit": "training tokens/s",
@@ -94,6 +89,21 @@ def _charts(shown: Comparison) -> dict[str, Any]:
         {"title": "traffic", "unit": "MB per training step", "zero": True, "series": _traffic(shown.curves, prefixes)},
     ]
     return {"x": shown.scale.label, "runs": len(shown.runs), "charts": charts}
+
+
+def _meaning_of(curves: Sequence[RunCurves]) -> str:
+    """The name of what is shown beside held-out losses."""
+    return "accuracy" if are_classifiers(curves) else "perplexity"
+
+
+def _meaning(curves: Sequence[RunCurves], prefixes: Sequence[str]) -> dict[str, Any]:
+    """What held-out losses mean: perplexities, or accuracies of classifiers."""
+    name = _meaning_of(curves)
+    drawn: list[Points] = [getattr(of, name) for of in curves]
+    series = [_series(f"{prefixes[index]}{name}", points, _style(prefixes, index, HELD_OUT), joined=True) for index, points in enumerate(drawn)]
+    if name == "accuracy":
+        return {"title": "accuracy on held-out texts", "unit": "share of texts", "zero": True, "series": series}
+    return {"title": "perplexity on held-out text", "unit": "perplexity", "log": spread_widely(drawn), "series": series}
 
 
 def _loss(of: RunCurves, prefixes: Sequence[str], index: int) -> list[dict[str, Any]]:
@@ -163,12 +173,15 @@ def _number(value: float | None, digits: int = 4) -> str:
     return f"<td>{escape(text_of(value, digits))}</td>"
 
 
-RUN_COLUMNS = ("run", "state", "steps", "training loss", "held-out loss", "best", "at step", "perplexity before", "after", "tokens/s")
+RUN_COLUMNS = ("run", "state", "steps", "training loss", "held-out loss", "best", "at step", "{meaning} before", "after", "tokens/s")
 RUN_TOTALS = ("wall time, s", "training time, s", "up, MB", "down, MB", "retries", "failures")
 
 
 def _runs_table(shown: Comparison) -> str:
-    table = _table((*RUN_COLUMNS, *RUN_TOTALS), map(_run_row, shown.runs, shown.names, shown.curves), "runs", 2)
+    meaning = _meaning_of(shown.curves)
+    columns = [name.format(meaning=meaning) for name in (*RUN_COLUMNS, *RUN_TOTALS)]
+    rows = (_run_row(run, name, curves, meaning) for run, name, curves in zip(shown.runs, shown.names, shown.curves, strict=True))
+    table = _table(columns, rows, "runs", 2)
     note = (
         "Training loss is the running mean at the last logged step; times and totals are those of that step, without what a last validation cost. "
         "An unfinished run shows the step and the speed that it logged last."
@@ -176,11 +189,13 @@ def _runs_table(shown: Comparison) -> str:
     return f'{table}\n<p class="caption">{note}</p>'
 
 
-def _run_row(run: Run, name: str, curves: RunCurves) -> list[str]:
+def _run_row(run: Run, name: str, curves: RunCurves, meaning: str) -> list[str]:
     train, val = run.train, run.val
     best = min((place for place in range(len(val.loss)) if math.isfinite(val.loss[place])), key=val.loss.__getitem__, default=None)
-    before = val.perplexity[0] if len(val.step) and not val.train_rows[0] else None
-    after = val.perplexity[-1] if len(val.step) and val.train_rows[-1] else None
+    measured: Sequence[float] = getattr(val, meaning)
+    digits = 2 if meaning == "perplexity" else 4
+    before = measured[0] if len(val.step) and not val.train_rows[0] else None
+    after = measured[-1] if len(val.step) and val.train_rows[-1] else None
     failures = [server.failures for server in run.servers if server.failures is not None]
     summary = run.summary or {}
     speed = summary.get("tokens_per_s")
@@ -195,8 +210,8 @@ def _run_row(run: Run, name: str, curves: RunCurves) -> list[str]:
         _number(val.loss[-1] if len(val.step) else None),
         _number(None if best is None else val.loss[best]),
         _number(None if best is None else val.step[best], 0),
-        _number(before, 2),
-        _number(after, 2),
+        _number(before, digits),
+        _number(after, digits),
         _number(speed, 1),
         _number(run.wall_s, 1),
         _number(run.train_s, 1),

@@ -64,11 +64,12 @@ class ValRows:
     tokens: array[float] = field(default_factory=_column)
     loss: array[float] = field(default_factory=_column)
     perplexity: array[float] = field(default_factory=_column)
+    accuracy: array[float] = field(default_factory=_column)
     train_rows: array[float] = field(default_factory=_column)
 
     def columns(self) -> tuple[array[float], ...]:
         """All of them, for what is done to whole rows."""
-        return self.step, self.seconds, self.tokens, self.loss, self.perplexity, self.train_rows
+        return self.step, self.seconds, self.tokens, self.loss, self.perplexity, self.accuracy, self.train_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,9 +268,9 @@ class _MetricsReader:
         done = 0 if untrained else step + 1
         if len(self.train.step) and done < self.train.step[-1]:
             return  # a resumed run that looks again before it begins says step 0
-        perplexity = self._cell(row, "val_ppl", line)
-        ends = done, self._seconds, self._tokens, val_loss, GAP if perplexity is None else perplexity, len(self.train.step)
-        _append(self.val.columns(), ends)
+        meanings = (self._cell(row, name, line) for name in ("val_ppl", "val_accuracy"))
+        measured = (GAP if value is None else value for value in meanings)
+        _append(self.val.columns(), (done, self._seconds, self._tokens, val_loss, *measured, len(self.train.step)))
 
     def _end_step(self) -> None:
         """Keep what stood in the rows of one training step."""

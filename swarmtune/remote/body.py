@@ -97,7 +97,7 @@ class RemoteBody(nn.Module):
             dimension = kwarg.axes.get(axis)  # type: ignore[call-overload]
             if dimension is not None and kwarg.tensor.shape[dimension] != length:
                 raise KwargError(f"kwarg {kwarg.name}: its {axis} axis has length {kwarg.tensor.shape[dimension]}, the hidden states have {length}")
-        return KwargPlan(kwarg.name, dict(kwarg.axes), kwarg.span(self.num_blocks), kwarg.tensor.requires_grad)
+        return KwargPlan(kwarg.name, dict(kwarg.axes), kwarg.span(self.num_blocks), kwarg.tensor.requires_grad and torch.is_grad_enabled())
 
 
 def _library(hidden_BTH: Tensor, **arguments: Tensor | None) -> list[Kwarg]:

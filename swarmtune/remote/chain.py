@@ -97,7 +97,7 @@ class Batch:
         for index in self._of(span):
             plan, blocks = self.plans[index], self.plans[index].blocks.overlap(span)
             assert blocks is not None
-            kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad and grad_BTH is not None))
+            kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad))
         adapter = self.adapter if any(kwarg.name.startswith("peft.") for kwarg in kwargs) else None
         return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=self.dropout if adapter is not None else None)
 

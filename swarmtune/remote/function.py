@@ -76,9 +76,13 @@ class RemoteSequential(torch.autograd.Function):
         micro = call.cut(hidden_BTH, tensors)
         legs = _legs(ctx.spans, micro, entered)
         (grad_BTH,) = grads
-        parts = [part.to(hidden_BTH.dtype) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
+        # Between float16 spans gradients travel as float32, whose small numbers do not vanish.
+        travelling = torch.float32 if hidden_BTH.dtype is torch.float16 else hidden_BTH.dtype
+        parts = [part.to(travelling) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
         results = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1]))
-        input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device) if ctx.needs_input_grad[1] else None
+        input_grad = None
+        if ctx.needs_input_grad[1]:
+            input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device, hidden_BTH.dtype)
         by_kwarg = [
             _kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)
         ]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from swarmtune.errors import UsageError
+from swarmtune.probe import as_output
 from swarmtune.remote.body import RemoteBody
+from swarmtune.skeleton import LayerSite
 from swarmtune.types import Kwarg
 
 if TYPE_CHECKING:
@@ -30,14 +32,15 @@ PREFIX_NAMES = ("prefix.key", "prefix.value")
 class RemoteLayers(nn.Module):
     """Takes the place of all layers in the library's loop."""
 
-    def __init__(self, body: RemoteBody, adapter: Adapter | None, returns_tuple: bool) -> None:
+    def __init__(self, body: RemoteBody, adapter: Adapter | None, site: LayerSite) -> None:
         super().__init__()
+        vars(self).update(site.marks[0])
         # Not registered here: the model itself owns body and adapter under their public names.
         self._parts = (body, adapter)
-        self._returns_tuple = returns_tuple
+        self._output_items = site.output_items
         self.given = threading.local()
 
-    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """Run the remote body with the mask and positions that the model was called with, not with what the library derived from them."""
         body, adapter = self._parts
         mask, positions, prefix = getattr(self.given, "arguments", (None, None, ()))
@@ -49,7 +52,7 @@ class RemoteLayers(nn.Module):
                 hidden_BTH, mask, positions, kwargs=[*adapter.kwargs(), *prefix], adapter=adapter.spec, seed=seed, whole=adapter.mixes_rows
             )
             output_BTH = output_BTH[:, adapter.prompt_tokens :]
-        return (output_BTH,) if self._returns_tuple else output_BTH
+        return as_output(output_BTH, self._output_items)
 
     def watch(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the library's forward: keep what must travel, refuse what would come back wrong, prepend virtual positions.

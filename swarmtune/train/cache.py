@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from swarmtune.train.windows import tensor_digest
+
 FORMAT = 1
 """Raised when the same settings mean other tokens, or an entry is laid out otherwise."""
 LIBRARIES = ("datasets", "tokenizers", "transformers")
@@ -36,13 +38,8 @@ def entry_key(**parts: Any) -> str:
     return hashlib.sha256(json.dumps({"format": FORMAT, "versions": versions, **parts}, sort_keys=True).encode()).hexdigest()
 
 
-def tokens_digest(tokens_M: Tensor) -> str:
-    """A digest of a flat stream of tokens."""
-    return hashlib.sha256(tokens_M.numpy().data).hexdigest()
-
-
 class TokenCache:
-    """Flat streams of tokens by name, a file for each set.
+    """Flat tensors by name, a file for each set.
 
     Args:
         folder: where the files are; made when first needed.
@@ -65,7 +62,7 @@ class TokenCache:
         except (OSError, SafetensorError) as error:
             log.warning("the prepared data in %s cannot be read (%s) and is made anew", path, error)
             return None
-        if not found or {name: tokens_digest(tensor) for name, tensor in found.items()} != digests:
+        if not found or {name: tensor_digest(tensor) for name, tensor in found.items()} != digests:
             log.warning("the prepared data in %s is damaged and is made anew", path)
             return None
         return found
@@ -80,7 +77,7 @@ class TokenCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, part = tempfile.mkstemp(dir=self.folder, prefix=".part-")
             os.close(handle)
-            save_file(dict(tokens), part, {name: tokens_digest(tensor) for name, tensor in tokens.items()})
+            save_file(dict(tokens), part, {name: tensor_digest(tensor) for name, tensor in tokens.items()})
             os.replace(part, path)
         except (OSError, SafetensorError) as error:
             log.warning("the prepared data cannot be kept in %s: %s", self.folder, error)

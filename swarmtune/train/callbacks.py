@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from swarmtune.train.module import perplexity
+from swarmtune.train.packing import real_tokens
 
 RECENT_BATCHES = 20
 """Batches behind the speed that is shown while training."""
@@ -80,6 +81,7 @@ class Meter(Callback):
         self.traffic, self.started = traffic, started
         self.train_loss = math.nan
         self.val_losses: list[tuple[int, float]] = []
+        self.val_accuracies: list[tuple[int, float]] = []
         self.tokens, self.busy_s, self.wait_s = 0, 0.0, 0.0
         self.first_step_s: float | None = None
         self.before: dict[str, float] = {}
@@ -107,11 +109,13 @@ class Meter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"val_losses": self.val_losses, "tokens": self.tokens, "busy_s": self.busy_s, "wait_s": self.wait_s, "totals": self.totals()}
+        seen = {"val_losses": self.val_losses, "val_accuracies": self.val_accuracies}
+        return {**seen, "tokens": self.tokens, "busy_s": self.busy_s, "wait_s": self.wait_s, "totals": self.totals()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.val_losses = [(int(step), float(loss)) for step, loss in state_dict["val_losses"]]
+        self.val_accuracies = [(int(step), float(share)) for step, share in state_dict.get("val_accuracies", [])]
         self.tokens, self.busy_s, self.wait_s = int(state_dict["tokens"]), float(state_dict["busy_s"]), float(state_dict["wait_s"])
         ours = ("time/train_s", "time/swarm_s", "tokens")
         self.before = {name: value for name, value in state_dict["totals"].items() if name not in ours}
@@ -123,7 +127,7 @@ class Meter(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a batch to the totals."""
         now = time.monotonic()
-        tokens, spent = int(batch["attention_mask"].sum()), now - self._batch_started
+        tokens, spent = real_tokens(batch), now - self._batch_started
         self.tokens, self.busy_s = self.tokens + tokens, self.busy_s + spent
         self.wait_s += self.traffic().wait_s - self._waited_s
         self._recent.append((tokens, spent))
@@ -151,11 +155,12 @@ class Meter(Callback):
             each.log_metrics({name: float(value) for name, value in row.items()}, step=self._step - 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the validation loss of this step."""
-        loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None:
-            self.val_losses = [(step, old) for step, old in self.val_losses if step != trainer.global_step]
-            self.val_losses.append((trainer.global_step, float(loss)))
+        """Keep the validation loss of this step, and a classifier's accuracy."""
+        for name, kept in (("val_loss", self.val_losses), ("val_accuracy", self.val_accuracies)):
+            value = trainer.callback_metrics.get(name)
+            if value is not None:
+                kept[:] = [(step, old) for step, old in kept if step != trainer.global_step]
+                kept.append((trainer.global_step, float(value)))
 
 
 class ProgressDisplay(Callback):
@@ -210,10 +215,12 @@ class ProgressDisplay(Callback):
             self._bar.update(self._task, description="validating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say the perplexity on held-out text."""
+        """Say what held-out data gave: the loss, and its perplexity or a classifier's accuracy."""
         if self.meter.val_losses:
             step, loss = self.meter.val_losses[-1]
-            self._say(f"step {step}: held-out loss {loss:.3f}, perplexity {perplexity(loss):,.1f}")
+            accuracy = dict(self.meter.val_accuracies).get(step)
+            meaning = f"perplexity {perplexity(loss):,.1f}" if accuracy is None else f"accuracy {accuracy:.1%}"
+            self._say(f"step {step}: held-out loss {loss:.3f}, {meaning}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""

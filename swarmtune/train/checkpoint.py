@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from safetensors import SafetensorError
 
 from swarmtune.errors import NonFinite, UsageError
-from swarmtune.files import write_json
+from swarmtune.files import write_json, write_text
 from swarmtune.train.run_dir import ADAPTER
 from swarmtune.train.saved_state import MANIFEST, STATE, file_digest, step_folders
 
@@ -46,10 +46,19 @@ class AdapterCheckpoint(Checkpoint):
         every_steps: optimizer steps between two.
         keep: how many stay; -1 for all.
         facts: what must be the same when the run goes on, such as digests of data and model; see ``check_facts``.
+        companions: files that belong beside the adapter, as text by name.
     """
 
-    def __init__(self, directory: Path, every_steps: int, keep: int = -1, facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        every_steps: int,
+        keep: int = -1,
+        facts: Mapping[str, Any] | None = None,
+        companions: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory, self.every_steps, self.keep = directory, every_steps, keep
+        self.companions = dict(companions or {})
         self.facts = dict(facts or {})
         self._saved_step = 0
         self._stepping = False
@@ -129,7 +138,7 @@ class AdapterCheckpoint(Checkpoint):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             trainer.save_checkpoint(partial / STATE)
-            pl_module.model.adapter.save_pretrained(partial / ADAPTER)
+            save_adapter(pl_module, partial / ADAPTER, self.companions)
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             write_json(partial / MANIFEST, {"step": step, "files": {str(path.relative_to(partial)): file_digest(path) for path in files}})
             for path in files:
@@ -149,6 +158,13 @@ class AdapterCheckpoint(Checkpoint):
         end = folders.index(self.directory / f"step={self._saved_step}") + 1
         for old in folders[end:] + (folders[: max(0, end - self.keep)] if self.keep > 0 else []):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def save_adapter(module: Any, folder: Path, companions: Mapping[str, str]) -> None:
+    """Write the adapter of ``module.model``, and the files that belong beside it."""
+    module.model.adapter.save_pretrained(folder)
+    for name, text in companions.items():
+        write_text(folder / name, text)
 
 
 def _sync(path: Path) -> None:

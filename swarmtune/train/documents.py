@@ -18,10 +18,11 @@ SHARED_PARAGRAPH_CHARS = 60
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, and the key of those that must not be parted from it by the split."""
+    """A text, the key of those that must not be parted from it by the split, and its class where it has one."""
 
     text: str
     group: str
+    label: str = ""
 
     @property
     def digest(self) -> bytes:

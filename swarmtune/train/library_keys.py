@@ -92,43 +92,63 @@ def annotation_names(annotation: ast.expr | None) -> set[str]:
 
 
 def peft_config(adapter: Mapping[str, Any]) -> Any:
-    """The ``peft.PeftConfig`` that the ``adapter`` group describes, or the directory of a saved one.
+    """What the ``adapter`` group describes, as ``load_causal_lm`` takes it: a configuration, the directory of a saved one, or a list.
+
+    ``also`` lists further parts beside the main one, each with a ``peft_type`` of its own.
 
     Raises:
-        UsageError: an unknown PEFT type or field, or a value that PEFT refuses.
+        UsageError: an unknown type or field, or a value that is refused.
     """
     if "path" in adapter:
         others = sorted(adapter.keys() - {"path"})
         if others:
             raise UsageError(f"adapter.{others[0]} cannot be changed: the adapter is loaded from {adapter['path']}")
         return existing_path("adapter.path", str(adapter["path"]))
+    also = adapter.get("also") or []
+    if not isinstance(also, list) or not all(isinstance(part, Mapping) for part in also):
+        raise UsageError(f"adapter.also must be a list of groups of keys, such as [{{peft_type: DEEP_PROMPTS, num_tokens: 8}}], got {also!r}")
+    main = _part("adapter", {name: value for name, value in adapter.items() if name != "also"})
+    return [main, *(_part(f"adapter.also[{index}]", part) for index, part in enumerate(also))] if also else main
+
+
+OWN_TYPES = {"DEEP_PROMPTS": "DeepPromptConfig", "STAND_IN": "StandInConfig", "HEAD": "HeadConfig"}
+"""Kinds of adapters that are ours and not PEFT's, and the names of their configurations."""
+
+
+def _part(key: str, given: Mapping[str, Any]) -> Any:
+    """One part of an adapter; ``key`` is where it stands."""
     import peft
 
+    from swarmtune.adapters import parts
     from swarmtune.adapters.tuners import check_type
 
     mapping = peft.PEFT_TYPE_TO_CONFIG_MAPPING
-    names = [str(kind.value) for kind in mapping]
-    wanted = str(adapter.get("peft_type", "")).upper()
+    names = [*(str(kind.value) for kind in mapping), *OWN_TYPES]
+    wanted = str(given.get("peft_type", "")).upper()
     if wanted not in names:
-        raise UsageError(f"there is no adapter.peft_type {adapter.get('peft_type')!r}{nearest(wanted, names)}")
-    check_type(wanted)
-    schema = mapping[peft.PeftType(wanted)]
+        raise UsageError(f"there is no {key}.peft_type {given.get('peft_type')!r}{nearest(wanted, names)}")
+    schema: Any
+    if wanted in OWN_TYPES:
+        schema = getattr(parts, OWN_TYPES[wanted])
+    else:
+        check_type(wanted)
+        schema = mapping[peft.PeftType(wanted)]
     fields = {item.name for item in dataclasses.fields(schema) if item.init} - {"peft_type"}
-    given = {name: value for name, value in adapter.items() if name != "peft_type"}
+    given = {name: value for name, value in given.items() if name != "peft_type"}
     for name in given:
         if name not in fields:
-            raise UsageError(f"there is no key adapter.{name}{nearest(f'adapter.{name}', [f'adapter.{item}' for item in sorted(fields)])}")
-        _check_peft_value(schema, name, given[name])
+            raise UsageError(f"there is no key {key}.{name}{nearest(f'{key}.{name}', [f'{key}.{item}' for item in sorted(fields)])}")
+        _check_peft_value(schema, key, name, given[name])
     try:
         return schema(**given)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"adapter: {one_line(error)}") from error
+        raise UsageError(f"{key}: {one_line(error)}") from error
 
 
-def _check_peft_value(schema: type, name: str, value: Any) -> None:
+def _check_peft_value(schema: type, key: str, name: str, value: Any) -> None:
     """Refuse a scalar of the wrong type, and a rank below 1; PEFT itself checks neither before it builds layers."""
     hint = typing.get_type_hints(schema)[name]
     if hint in (int, float, bool) and type(value) not in _SCALARS[hint.__name__]:
-        raise UsageError(f"adapter.{name} must be {hint.__name__}, got {value!r}")
+        raise UsageError(f"{key}.{name} must be {hint.__name__}, got {value!r}")
     if name == "r" and isinstance(value, int) and value < 1:
-        raise UsageError(f"adapter.r must be at least 1, got {value}")
+        raise UsageError(f"{key}.r must be at least 1, got {value}")

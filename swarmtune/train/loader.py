@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from swarmtune.errors import UsageError
-from swarmtune.train.windows import Batch, Windows, stack
+from swarmtune.train.forms import Rows
+from swarmtune.train.windows import Batch
 
 Position = tuple[int, int]
 """A pass over the data and a batch in it, both counted from 0."""
@@ -34,20 +35,20 @@ class Batches(Protocol):
         """The sequence from ``start`` on; in a worker process, that worker's share of it."""
 
 
-class WindowBatches(IterableDataset[Item]):
-    """Batches of windows in memory, in a new order in each pass.
+class RowBatches(IterableDataset[Item]):
+    """Batches of rows in memory, in a new order in each pass.
 
     Args:
-        windows: what is put into batches.
-        batch_size: windows per batch; the last batch of a pass may be smaller.
+        rows: what is put into batches.
+        batch_size: rows per batch; the last batch of a pass may be smaller.
         seed: with the number of the pass, this alone decides the order.
-        shuffle: if not, every pass is in the order of the windows.
+        shuffle: if not, every pass is in the order of the rows.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, shuffle: bool = True) -> None:
-        self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
+    def __init__(self, rows: Rows, batch_size: int, seed: int, shuffle: bool = True) -> None:
+        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
         self.start: Position = (0, 0)
-        self.per_epoch: int | None = -(-len(windows) // batch_size)
+        self.per_epoch: int | None = -(-len(rows) // batch_size)
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
@@ -57,14 +58,29 @@ class WindowBatches(IterableDataset[Item]):
             order = self._order(epoch)
             for index in range(first, len(order)):
                 if turn % workers == mine:
-                    yield epoch, index, stack([self.windows[item] for item in order[index]])
+                    yield epoch, index, self.rows.batch(order[index])
                 turn += 1
             epoch, first = epoch + 1, 0
 
     def _order(self, epoch: int) -> list[list[int]]:
-        count = len(self.windows)
+        count = len(self.rows)
         mixed = torch.randperm(count, generator=torch.Generator().manual_seed(pass_seed(self.seed, epoch))) if self.shuffle else torch.arange(count)
         return [batch.tolist() for batch in mixed.split(self.batch_size)]
+
+
+class InOrder(Dataset[Batch]):
+    """Batches of rows in memory, in the order of the rows: one pass."""
+
+    def __init__(self, rows: Rows, batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.rows.batch(range(index * self.batch_size, min((index + 1) * self.batch_size, len(self.rows))))
 
 
 def pass_seed(seed: int, epoch: int) -> int:

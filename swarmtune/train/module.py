@@ -1,8 +1,9 @@
-"""The LightningModule that trains an adapter on a causal language model, wherever the model's body runs."""
+"""The LightningModules that train an adapter, on a causal language model or a classifier, wherever the model's body runs."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from swarmtune.errors import NonFinite, UsageError
+from swarmtune.train.packing import choose_packing
 from swarmtune.train.windows import IGNORED_LABEL
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -22,8 +24,8 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-class CausalLMModule(LightningModule):
-    """Next-token training of whatever in ``model.adapter`` requires a gradient.
+class AdapterModule(LightningModule):
+    """Trains whatever in ``model.adapter`` requires a gradient; a subclass says how it is validated.
 
     Args:
         model: called with ``input_ids``, ``attention_mask`` and ``labels``, it returns something with a ``loss``; its ``adapter`` is what learns.
@@ -54,7 +56,6 @@ class CausalLMModule(LightningModule):
         self.lr, self.weight_decay, self.betas, self.schedule, self.warmup_steps = lr, weight_decay, betas, schedule, warmup_steps
         if hyperparameters is not None:
             self.save_hyperparameters(dict(hyperparameters))
-        self._val_loss_sum, self._val_tokens = 0.0, 0
 
     def learnable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, under this module's names."""
@@ -65,7 +66,7 @@ class CausalLMModule(LightningModule):
         return self.model(**batch)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean loss over the batch's predicted tokens."""
+        """The mean loss over what the batch asks for."""
         loss: Tensor = self(**batch).loss
         if not torch.isfinite(loss):
             raise NonFinite(f"the training loss became {loss.item()} at step {self.global_step}: try a lower optimizer.lr or a higher precision")
@@ -77,32 +78,41 @@ class CausalLMModule(LightningModule):
         """Stop before a gradient that is not finite reaches the weights; fp16's loss scaler handles its own."""
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return
-        for name, parameter in self.learnable().items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise NonFinite(f"the gradient of {name} is not finite at step {self.global_step}; its weights are unchanged")
+        bad = [name for name, parameter in self.learnable().items() if parameter.grad is not None and not torch.isfinite(parameter.grad).all()]
+        if bad:
+            blocks = {int(found[1]): name for name in reversed(bad) if (found := re.search(r"\.(\d+)\.", name))}
+            # Gradients run from the last block to the first, so the last bad block is where it began.
+            name = blocks[max(blocks)] if blocks else bad[0]
+            where = f", first in block {max(blocks)} (they run from the last block to the first)" if blocks else ""
+            raise NonFinite(
+                f"{len(bad)} gradients are not finite at step {self.global_step}{where}: {name}; weights are unchanged: try a lower optimizer.lr, "
+                "trainer.gradient_clip_val, or servers that compute in float32",
+                max(blocks) if blocks else None,
+            )
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the validation before."""
-        self._val_loss_sum, self._val_tokens = 0.0, 0
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, and then the tuner's own rule (AdaLoRA moves ranks between modules) while the gradients are there."""
+        step = self.global_step
+        super().optimizer_step(*args, **kwargs)
+        after_step = getattr(getattr(self.model, "adapter", None), "after_step", None)
+        if after_step is not None:
+            after_step(step)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to the sums, weighted by its predicted tokens."""
-        tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-        if tokens == 0:
-            return
-        loss = float(self(**batch).loss)
-        if not math.isfinite(loss):
-            raise NonFinite(f"the validation loss became {loss} at step {self.global_step}")
-        self._val_loss_sum += loss * tokens
-        self._val_tokens += tokens
+    def log_validation(self, **values: float) -> None:
+        """Log what a whole validation gave."""
+        # Loggers count steps from 0: a validation belongs to the step before it, wherever it runs.
+        place = {"step": float(self.global_step - 1), "epoch": float(self.current_epoch)} if self.global_step else {}
+        self.log_dict({**values, **place})
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the exact mean over all predicted tokens, and its perplexity."""
-        if self._val_tokens:
-            loss = self._val_loss_sum / self._val_tokens
-            # Loggers count steps from 0: a validation belongs to the step before it, wherever it runs.
-            place = {"step": float(self.global_step - 1), "epoch": float(self.current_epoch)} if self.global_step else {}
-            self.log_dict({"val_loss": loss, "val_ppl": perplexity(loss), **place})
+    def finite(self, loss: Tensor) -> float:
+        """A validation loss as a number.
+
+        Raises:
+            NonFinite: it is none.
+        """
+        if not math.isfinite(float(loss)):
+            raise NonFinite(f"the validation loss became {float(loss)} at step {self.global_step}")
+        return float(loss)
 
     def configure_optimizers(self) -> Any:
         """AdamW on what learns, its schedule moved by optimizer steps."""
@@ -123,3 +133,69 @@ class CausalLMModule(LightningModule):
         """Keep only what learns."""
         kept = self.learnable()
         checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in kept}
+        rule_state = getattr(getattr(self.model, "adapter", None), "rule_state", None)
+        checkpoint["adapter_rule"] = rule_state() if rule_state is not None else {}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the tuner's rule go on where it was."""
+        if checkpoint.get("adapter_rule"):
+            self.model.adapter.load_rule_state(checkpoint["adapter_rule"])
+
+
+class CausalLMModule(AdapterModule):
+    """Next-token training; see ``AdapterModule`` for its arguments."""
+
+    _val_loss_sum, _val_tokens = 0.0, 0
+    _packing_checked = False
+
+    def forward(self, **batch: Tensor) -> Any:
+        """The model's own output.
+
+        Raises:
+            UsageError: labelled texts, or packed ones that this model would not keep apart.
+        """
+        if "labels" in batch and batch["labels"].dim() != 2:
+            raise UsageError("data.format=labels is for a classifier: use recipe=lora_classify")
+        if "position_ids" in batch and not self._packing_checked:
+            choose_packing("always", self.model)
+            self._packing_checked = True
+        return super().forward(**batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the validation before."""
+        self._val_loss_sum, self._val_tokens = 0.0, 0
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the sums, weighted by its predicted tokens."""
+        tokens = int((batch["labels"][..., 1:] != IGNORED_LABEL).sum())
+        if tokens:
+            self._val_loss_sum += self.finite(self(**batch).loss) * tokens
+            self._val_tokens += tokens
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the exact mean over all predicted tokens, and its perplexity."""
+        if self._val_tokens:
+            loss = self._val_loss_sum / self._val_tokens
+            self.log_validation(val_loss=loss, val_ppl=perplexity(loss))
+
+
+class ClassifierModule(AdapterModule):
+    """Training of a sequence classifier; see ``AdapterModule`` for its arguments. The model gives ``logits`` of (batch, classes)."""
+
+    _val_loss_sum, _val_right, _val_rows = 0.0, 0, 0
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the validation before."""
+        self._val_loss_sum, self._val_right, self._val_rows = 0.0, 0, 0
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count the rows whose class was found, and add their loss."""
+        output, rows = self(**batch), len(batch["labels"])
+        self._val_loss_sum += self.finite(output.loss) * rows
+        self._val_right += int((output.logits.argmax(dim=-1) == batch["labels"]).sum())
+        self._val_rows += rows
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the exact mean loss and accuracy over all rows."""
+        if self._val_rows:
+            self.log_validation(val_loss=self._val_loss_sum / self._val_rows, val_accuracy=self._val_right / self._val_rows)

@@ -1,11 +1,10 @@
-"""From documents to flat streams of tokens for training and validation, a chunk at a time: only tokens stay in memory."""
+"""From documents to flat tensors of tokens for training and validation, a chunk at a time: only these stay in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,9 +14,9 @@ from torch import Tensor
 from swarmtune.errors import UsageError
 from swarmtune.model_files import why_unreadable
 from swarmtune.train.documents import Document, held_out
+from swarmtune.train.forms import Form, pad_token
 from swarmtune.train.preparing import Preparing
 from swarmtune.train.sources import Source
-from swarmtune.train.windows import flat
 
 CHUNK_DOCUMENTS, CHUNK_CHARS = 512, 1 << 20
 """A chunk of text is tokenised when it has as many documents or characters."""
@@ -49,68 +48,64 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps([type(tokenizer).__name__, backend.to_str(), ends]).encode(errors="surrogatepass")).hexdigest()
 
 
-def pad_token(tokenizer: Any) -> int:
-    """The token that fills windows; its value never reaches a loss."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def tokenise(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[Document, list[int]]]:
-    """Each document and its tokens, a chunk at a time."""
+def tokenise(documents: Iterable[Document], form: Form, tokenizer: Any) -> Iterator[tuple[Document, Any]]:
+    """Each document and what ``form`` makes of it, a chunk at a time."""
     chunk: list[Document] = []
     chars = 0
     for document in documents:
         chunk.append(document)
         chars += len(document.text)
         if len(chunk) >= CHUNK_DOCUMENTS or chars >= CHUNK_CHARS:
-            yield from _tokenise(chunk, tokenizer)
+            yield from zip(chunk, form.encode(chunk, tokenizer), strict=True)
             chunk, chars = [], 0
-    yield from _tokenise(chunk, tokenizer)
-
-
-def _tokenise(chunk: list[Document], tokenizer: Any) -> Iterator[tuple[Document, list[int]]]:
     if chunk:
-        texts = [item.text for item in chunk]
-        found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield from zip(chunk, found, strict=True)
+        yield from zip(chunk, form.encode(chunk, tokenizer), strict=True)
 
 
-def prepare(train: Source, validation: Source | None, fraction: float, tokenizer: Any, show: Preparing) -> dict[str, Tensor]:
-    """Flat streams of tokens, in int32, of ``train`` and ``val``.
+def prepare(train: Source, validation: Source | None, fraction: float, form: Form, tokenizer: Any, show: Preparing) -> dict[str, dict[str, Tensor]]:
+    """What is kept of ``train`` and ``val``: flat tensors by name.
 
     Args:
-        train: where training text comes from, and validation text too if ``validation`` is not given.
-        validation: where validation text comes from.
-        fraction: how much of ``train`` is held out, if ``validation`` is not given.
+        train: where training data come from, and validation data too if ``validation`` is not given.
+        validation: where validation data come from.
+        fraction: how much of ``train`` is held out, of each class, if ``validation`` is not given.
+        form: what documents become.
         tokenizer: of Hugging Face's kind.
         show: where progress goes.
 
     Raises:
         UsageError: the data cannot be read, or there is too little of it.
     """
-    sizes: dict[bytes, int] = defaultdict(int)
+    sizes: dict[str, dict[bytes, int]] = {}
+    class_of: dict[bytes, str] = {}
     with show.phase("reading", "characters") as advance:
         for document in train.documents(warn=True):
-            sizes[document.digest] += len(document.text)
+            of_class = sizes.setdefault(class_of.setdefault(document.digest, document.label), defaultdict(int))
+            of_class[document.digest] += len(document.text)
             advance(len(document.text))
-    held = held_out(sizes, fraction) if validation is None else set()
-    streams = {"train": array("i"), "val": array("i")}
-    with show.phase("tokenizing", "characters", sum(sizes.values())) as advance:
-        for document, tokens in tokenise(train.documents(), tokenizer):
-            _add(streams["val" if held and document.digest in held else "train"], tokens, tokenizer)
+    held = _held_out(sizes, fraction) if validation is None else set()
+    sides = {"train": form.collector(tokenizer), "val": form.collector(tokenizer)}
+    with show.phase("tokenizing", "characters", sum(sum(of_class.values()) for of_class in sizes.values())) as advance:
+        for document, encoded in tokenise(train.documents(), form, tokenizer):
+            sides["val" if held and document.digest in held else "train"].add(encoded)
             advance(len(document.text))
     if validation is not None:
         both = total = 0
         with show.phase("tokenizing validation text", "characters") as advance:
-            for document, tokens in tokenise(validation.documents(warn=True), tokenizer):
-                both, total = both + (document.digest in sizes), total + 1
-                _add(streams["val"], tokens, tokenizer)
+            for document, encoded in tokenise(validation.documents(warn=True), form, tokenizer):
+                both, total = both + (document.digest in class_of), total + 1
+                sides["val"].add(encoded)
                 advance(len(document.text))
         if both:
             log.warning("%d of %d validation documents stand in the training text too", both, total)
-    return {name: flat(stream) for name, stream in streams.items()}
+    return {name: side.tensors() for name, side in sides.items()}
 
 
-def _add(stream: array[int], tokens: list[int], tokenizer: Any) -> None:
-    stream.extend(tokens)
-    if tokenizer.eos_token_id is not None:
-        stream.append(tokenizer.eos_token_id)
+def _held_out(sizes: dict[str, dict[bytes, int]], fraction: float) -> set[bytes]:
+    """The groups for validation, chosen within each class, so that both sides have all of them; texts without a class are one."""
+    if len(sizes) < 2:
+        return held_out(next(iter(sizes.values()), {}), fraction)
+    alone = sorted(label for label, of_class in sizes.items() if len(of_class) < 2)
+    if alone:
+        log.warning("%d classes have a single document, which is trained on and not validated: %s", len(alone), ", ".join(alone[:5]))
+    return {digest for label, of_class in sizes.items() if label not in alone for digest in held_out(of_class, fraction)}

@@ -26,10 +26,11 @@ from swarmtune.model_files import count_parameters
 from swarmtune.notices import say
 from swarmtune.schema import Config, ProgressKind
 from swarmtune.train.callbacks import Meter, ProgressDisplay
-from swarmtune.train.checkpoint import AdapterCheckpoint
+from swarmtune.train.checkpoint import AdapterCheckpoint, save_adapter
 from swarmtune.train.interrupt import StopBetweenSteps
 from swarmtune.train.loggers import METRICS, finish, make_loggers, publish, wandb_run
 from swarmtune.train.metrics_file import read_curve
+from swarmtune.train.module import ClassifierModule
 from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, FACTS, SUMMARY, read_facts, writing
 from swarmtune.train.saved_state import SavedState, newest_checkpoint, step_folders
 
@@ -59,14 +60,14 @@ class Run:
             loggers = self._loggers(saved.step if saved else 0)
         code = 1
         try:
-            trainer = build_trainer(self.config, self.run_dir, self.meter, loggers, self._facts(data))
+            trainer = build_trainer(self.config, self.run_dir, self.meter, loggers, self._facts(data), _companions(data))
             waited_s = time.monotonic() - self.started
             mode = "".join(f", the body computes in {mode}" for mode in self.swarm.fingerprint().get("mode", ()))
             say(self.config, f"ready after {waited_s:.0f} s; {trainable_parameters(module):,} parameters learn{mode}")
             with self._breaking_off(trainer):
                 after = self._fit(trainer, module, data, saved)
                 with writing(self.run_dir):
-                    summary = self._finish(trainer, module, after)
+                    summary = self._finish(trainer, module, data, after)
             publish(loggers, summary)
             code = 0
         finally:
@@ -139,10 +140,10 @@ class Run:
             return "no step has been saved"
         return f"{folders[-1].name.replace('=', ' ')} is saved: go on with swarmtune resume={self.run_dir}"
 
-    def _finish(self, trainer: Trainer, module: LightningModule, after: float | None) -> dict[str, Any]:
+    def _finish(self, trainer: Trainer, module: LightningModule, data: LightningDataModule, after: float | None) -> dict[str, Any]:
         """Export the adapter, draw, summarise."""
         adapter_dir = self.run_dir / ADAPTER
-        _adapter(module).save_pretrained(adapter_dir)
+        save_adapter(module, adapter_dir, _companions(data))
         for each in trainer.loggers:
             each.save()
         losses = self.meter.val_losses
@@ -150,8 +151,7 @@ class Run:
         summary = self._summary(module) | {
             "val_loss_before": before,
             "val_loss_after": after,
-            "val_ppl_before": _finite_exp(before),
-            "val_ppl_after": _finite_exp(after),
+            **self._meaning(module, data, before, after),
             "steps": trainer.global_step,
             "adapter_dir": str(adapter_dir),
             "run_dir": str(self.run_dir),
@@ -159,6 +159,19 @@ class Run:
         }
         write_json(self.run_dir / SUMMARY, summary)
         return summary
+
+    def _meaning(self, module: LightningModule, data: LightningDataModule, before: float | None, after: float | None) -> dict[str, Any]:
+        """What the losses mean: perplexities, or, of a classifier, its accuracy and its classes."""
+        if not isinstance(module, ClassifierModule):
+            return {"val_ppl_before": _finite_exp(before), "val_ppl_after": _finite_exp(after)}
+        seen = self.meter.val_accuracies
+        return {
+            "val_ppl_before": None,
+            "val_ppl_after": None,
+            "val_accuracy_before": seen[0][1] if seen and before is not None else None,
+            "val_accuracy_after": seen[-1][1] if seen and after is not None else None,
+            "labels": getattr(data, "labels", None),
+        }
 
     def _summary(self, module: LightningModule) -> dict[str, Any]:
         """What was trained, and what it took."""
@@ -205,8 +218,10 @@ def trainable_parameters(module: LightningModule) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _adapter(module: LightningModule) -> Any:
-    return module.model.adapter  # type: ignore[union-attr]
+def _companions(data: LightningDataModule) -> dict[str, str]:
+    """Files that belong beside the adapter, of data that have some."""
+    give = getattr(data, "companions", None)
+    return dict(give()) if give is not None else {}
 
 
 def _finite_exp(loss: float | None) -> float | None:
@@ -220,7 +235,9 @@ def _validate(trainer: Trainer, module: LightningModule, data: LightningDataModu
     return meter.val_losses[-1][1] if meter.val_losses != seen else None
 
 
-def build_trainer(config: Config, run_dir: Path, meter: Meter, loggers: list[Any], facts: Mapping[str, Any]) -> Trainer:
+def build_trainer(
+    config: Config, run_dir: Path, meter: Meter, loggers: list[Any], facts: Mapping[str, Any], companions: Mapping[str, str]
+) -> Trainer:
     """The Trainer, with our loggers and callbacks.
 
     Args:
@@ -229,6 +246,7 @@ def build_trainer(config: Config, run_dir: Path, meter: Meter, loggers: list[Any
         meter: measures the run.
         loggers: where metrics go.
         facts: what checkpoints keep, for a resumed run to compare.
+        companions: files that belong beside an adapter, as text by name.
 
     Raises:
         UsageError: a combination of flags that Lightning refuses.
@@ -241,7 +259,8 @@ def build_trainer(config: Config, run_dir: Path, meter: Meter, loggers: list[Any
         flags["enable_progress_bar"] = False  # ours is shown instead
         callbacks += _progress(config, meter)
     if flags.setdefault("enable_checkpointing", True):
-        callbacks.append(AdapterCheckpoint(run_dir / CHECKPOINTS, config.callbacks.checkpoint_every_steps, config.callbacks.checkpoints_kept, facts))
+        every, kept = config.callbacks.checkpoint_every_steps, config.callbacks.checkpoints_kept
+        callbacks.append(AdapterCheckpoint(run_dir / CHECKPOINTS, every, kept, facts, companions))
     callbacks.append(StopBetweenSteps(lambda sentence: say(config, sentence)))
     flags.setdefault("enable_model_summary", False)
     try:

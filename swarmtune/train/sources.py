@@ -11,16 +11,16 @@ import hashlib
 import itertools
 import logging
 import re
-import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swarmtune.errors import UsageError
-from swarmtune.schema import template_columns
-from swarmtune.train.documents import Document, python_topics
+from swarmtune.train.documents import Document
+from swarmtune.train.python_library import PYTHON_TEXTS, PythonText
+from swarmtune.train.rows import ChatRows, LabelRows, RowReader, TextRows
 
 READERS = {
     ".json": "json",
@@ -55,26 +55,6 @@ Said = Callable[[int], None]
 log = logging.getLogger(__name__)
 
 
-class PythonTopics:
-    """The help topics that come with Python."""
-
-    def documents(self, warn: bool = False) -> Iterator[Document]:
-        """Every topic."""
-        yield from python_topics()
-
-    def digest(self, said: Said) -> str:
-        """A digest of the texts and their groups."""
-        parts = [f"{item.group}\0{item.text}\0" for item in python_topics()]
-        return hashlib.sha256("".join(parts).encode(errors="surrogatepass")).hexdigest()
-
-    def names(self) -> list[str]:
-        """What a stream is known by; nothing streams these."""
-        return ["python_topics"]
-
-    def check(self) -> None:
-        """Nothing can be missing."""
-
-
 def ending(path: Path) -> str | None:
     """The ending that chooses the reader, without that of a compression; ``None`` where there is no reader."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -94,8 +74,7 @@ class DatasetSource:
 
     Args:
         path: a file, a pattern, a directory, a saved dataset or a hub id.
-        column: which column holds the text.
-        template: text made of several columns instead.
+        rows: makes a document of each row.
         split: which split of those that the data has.
         name: which configuration of a hub dataset or directory.
         revision: which commit, branch or tag of a hub dataset.
@@ -103,8 +82,7 @@ class DatasetSource:
     """
 
     path: str
-    column: str = "text"
-    template: str | None = None
+    rows: RowReader = field(default_factory=TextRows)
     split: str = "train"
     name: str | None = None
     revision: str | None = None
@@ -158,11 +136,6 @@ class DatasetSource:
         card = Path(self.path) / "README.md"
         return card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace")
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns that are read."""
-        return [self.column] if self.template is None else template_columns(self.template)
-
     def check(self) -> None:
         """Look for what is missing, as far as that is cheap: all of a local path but its later rows; a hub id's existence, splits and columns.
 
@@ -173,7 +146,7 @@ class DatasetSource:
             for part in itertools.islice(self._parts(), CHECKED_FILES):
                 next(self._rows_of(part), None)
             if next(self.documents(), None) is None:
-                raise UsageError(f"data {self.path}: there is no text in {', '.join(self.columns)}")
+                raise UsageError(f"data {self.path}: there is no {self.rows.noun} in {', '.join(self.rows.columns)}")
             return
         _ask_hub(self.path, self.revision)
         with _translated(self.path):
@@ -188,43 +161,30 @@ class DatasetSource:
     # --- reading ---
 
     def documents(self, warn: bool = False) -> Iterator[Document]:
-        """Every text that is not blank; equal texts share a group.
+        """Every row that holds something.
 
         Args:
-            warn: say at the end how many rows had no text.
+            warn: say at the end how many rows held nothing.
 
         Raises:
-            UsageError: nothing there, no such split or column, a column that is not text, or a file that cannot be read.
+            UsageError: nothing there, no such split or column, a column of another kind, or a file that cannot be read.
         """
         total = blank = 0
         for rows in self._rows():
-            for values in zip(*(rows[column] for column in self.columns), strict=True):
-                text, total = self._text(values), total + 1
-                if text is not None and text.strip():
-                    yield Document(text, text)
+            for values in zip(*(rows[column] for column in self.rows.columns), strict=True):
+                found, total = self.rows.document(values, f"data {self.path}"), total + 1
+                if found is not None:
+                    yield found
                 else:
                     blank += 1
         if warn and blank and not self._splits_paragraphs():
-            columns = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns)}"
-            log.warning("%d of %d rows of %s have no text in %s: left out", blank, total, self.path, columns)
+            columns = f"column{'s' if len(self.rows.columns) > 1 else ''} {', '.join(self.rows.columns)}"
+            log.warning("%d of %d rows of %s have no %s in %s: left out", blank, total, self.path, self.rows.noun, columns)
 
     def _splits_paragraphs(self) -> bool:
         """Whether rows are paragraphs of text files, where a blank one is but a gap."""
         files = self.files() if self.layout != "saved" else []
         return bool(files) and all(ending(path) == ".txt" for path in files)
-
-    def _text(self, values: tuple[Any, ...]) -> str | None:
-        """The text of one row; ``None`` where a value is missing."""
-        if any(value is None for value in values):
-            return None
-        allowed = (str,) if self.template is None else (str, int, float)
-        for column, value in zip(self.columns, values, strict=True):
-            if not isinstance(value, allowed):
-                raise UsageError(f"data {self.path}: column {column!r} holds {type(value).__name__}, not text")
-        if self.template is None:
-            return str(values[0])
-        named = dict(zip(self.columns, values, strict=True))
-        return "".join(literal + (str(named[name]) if name is not None else "") for literal, name, _, _ in string.Formatter().parse(self.template))
 
     def _rows(self) -> Iterator[dict[str, list[Any]]]:
         """Chunks of rows by column, each with every column that is wanted."""
@@ -236,16 +196,16 @@ class DatasetSource:
             found = part()
             if found.column_names is not None:
                 self._need_columns(found.column_names)
-                found = found.select_columns(self.columns)
+                found = found.select_columns(self.rows.columns)
+            classes = _class_names(found.features, self.rows.columns)
             for rows in found.iter(CHUNK_ROWS):
                 self._need_columns(list(rows))
-                yield rows
+                yield rows if not classes else {name: _named(values, classes.get(name)) for name, values in rows.items()}
 
     def _need_columns(self, there: list[str]) -> None:
-        for column in self.columns:
+        for column in self.rows.columns:
             if column not in there:
-                key = "data.text_column" if self.template is None else "data.text_template"
-                raise UsageError(f"data {self.path}: there is no column {column!r}; there are: {', '.join(there)} (set {key})")
+                raise UsageError(f"data {self.path}: there is no column {column!r}; there are: {', '.join(there)} (set {self.rows.keys})")
 
     def _parts(self) -> Iterator[Callable[[], Any]]:
         """What opens the dataset, file by file where there are files: read together, one without the column would count as rows without text."""
@@ -308,7 +268,7 @@ class DatasetSource:
 
     def digest(self, said: Said) -> str:
         """A digest of everything that decides which documents come: the bytes of every file, and the choices made here."""
-        total = hashlib.sha256(repr((self.layout, self.column, self.template, self.split, self.name)).encode())
+        total = hashlib.sha256(repr((self.layout, self.rows, self.split, self.name)).encode())
         files, root = self.files(), Path(self.path)
         if self.layout == "hub":
             with _translated(self.path):
@@ -320,7 +280,7 @@ class DatasetSource:
 
     def names(self) -> list[str]:
         """What a stream is known by: its settings, and the names, sizes and samples of local files, which may be too large to read whole."""
-        settings = [self.layout, self.column, str(self.template), self.split, str(self.name), str(self.revision)]
+        settings = [self.layout, repr(self.rows), self.split, str(self.name), str(self.revision)]
         files = self.files()
         return [*settings, *(f"{path.name}:{_sampled_digest(path)}" for path in files)] if files else [*settings, self.path]
 
@@ -337,31 +297,62 @@ def _sampled_digest(path: Path) -> str:
 
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-Source = PythonTopics | DatasetSource
-SOURCE_KEYS = ("source", "path", "name", "revision", "text_column", "text_template", "split", "validation_split", "validation_path", "streaming")
-"""Keys of ``swarmtune.schema.DataConfig`` that say where text comes from."""
+Source = PythonText | DatasetSource
+SOURCE_KEYS = (
+    *("source", "format", "path", "name", "revision", "text_column", "text_template", "label_column", "messages_column", "prompt_column"),
+    *("completion_column", "role_field", "content_field", "split", "validation_split", "validation_path", "streaming"),
+)
+"""Keys of ``swarmtune.data_schema.DataConfig`` that say where the data come from."""
 
 
 def make_sources(
     *,
     source: str = "python_topics",
+    format: str = "text",
     path: str | None = None,
     name: str | None = None,
     revision: str | None = None,
     text_column: str = "text",
     text_template: str | None = None,
+    label_column: str = "label",
+    messages_column: str = "messages",
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    role_field: str = "role",
+    content_field: str = "content",
     split: str = "train",
     validation_split: str | None = None,
     validation_path: str | None = None,
     streaming: bool = False,
 ) -> tuple[Source, Source | None]:
-    """Where training text and, if it is kept apart, validation text come from. The keys are those of ``swarmtune.schema.DataConfig``."""
-    if source == "python_topics":
-        return PythonTopics(), None
-    train = DatasetSource(path or "", text_column, text_template, split, name, revision, streaming)
+    """Where training data and, if they are kept apart, validation data come from. The keys are those of ``swarmtune.data_schema.DataConfig``."""
+    if source in PYTHON_TEXTS:
+        return PythonText(source), None
+    text = TextRows(text_column, text_template)
+    rows: dict[str, RowReader] = {
+        "text": text,
+        "labels": LabelRows(text, label_column),
+        "chat": ChatRows(messages_column, prompt_column, completion_column, role_field, content_field),
+    }
+    train = DatasetSource(path or "", rows[format], split, name, revision, streaming)
     if validation_path is not None:
         return train, replace(train, path=validation_path, split="train", name=None, revision=None)
     return train, None if validation_split is None else replace(train, split=validation_split)
+
+
+def _class_names(features: Any, columns: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the classes of those columns that hold classes by number."""
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        kind: Any = (features or {}).get(column)
+        if type(kind).__name__ == "ClassLabel":
+            found[column] = list(kind.names)
+    return found
+
+
+def _named(values: list[Any], names: list[str] | None) -> list[Any]:
+    """Class numbers as names; -1 says that there is none."""
+    return values if names is None else [None if value is None or value < 0 else names[value] for value in values]
 
 
 def _open_file(path: Path) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.utils.data import Dataset
 IGNORED_LABEL = -100
 """The label that Hugging Face losses skip."""
 Batch = dict[str, Tensor]
-"""``input_ids``, ``attention_mask`` and ``labels``, each (T,) or (B, T), in int64."""
+"""What a model is called with, in int64: of text, ``input_ids``, ``attention_mask`` and ``labels``, each (T,) or (B, T)."""
 
 
 def pack(documents: Iterable[Sequence[int]], end: int | None) -> Tensor:
@@ -37,6 +39,11 @@ def window(tokens_S: Tensor, length: int, pad: int) -> Batch:
     ids_T[:size] = tokens_S
     mask_T = (torch.arange(length) < size).to(torch.int64)
     return {"input_ids": ids_T, "attention_mask": mask_T, "labels": ids_T.masked_fill(mask_T == 0, IGNORED_LABEL)}
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """A digest of the bytes of a flat tensor."""
+    return hashlib.sha256(tensor.numpy().data).hexdigest()
 
 
 def stack(windows: Sequence[Batch]) -> Batch:
@@ -76,6 +83,14 @@ class Windows(Dataset[Batch]):
 
     def __len__(self) -> int:
         return -(-len(self.tokens_M) // self.length)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some of them as a batch, (B, T)."""
+        return stack([self[index] for index in indices])
+
+    def identity(self) -> list[Any]:
+        """What decides every window: a digest of the stream, and T."""
+        return [tensor_digest(self.tokens_M), self.length]
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):

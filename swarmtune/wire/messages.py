@@ -194,7 +194,7 @@ class SpanCall:
     @property
     def answer_bytes(self) -> int:
         """Largest body of an honest answer."""
-        return answer_bytes(self.hidden_BTH, self.kwargs, self.grad_BTH is not None)
+        return answer_bytes(self.hidden_BTH if self.grad_BTH is None else self.grad_BTH, self.kwargs, self.grad_BTH is not None)
 
     def to_message(self) -> Message:
         """As it travels: tensors ``hidden``, ``grad`` and ``k0``, ``k1``... in the order of the kwargs."""
@@ -245,7 +245,7 @@ class SpanCall:
         if not isinstance(input_grad, bool):
             raise WireError("input_grad must be true or false")
         adapter, dropout = fields.get("adapter"), fields.get("dropout")
-        _check_answer_size(hidden, kwargs, grad is not None)
+        _check_answer_size(hidden if grad is None else grad, kwargs, grad is not None)
         return cls(
             span=block_span(fields.get("span"), "span"),
             model=text(fields.get("model"), "model"),
@@ -313,10 +313,9 @@ class SpanResult:
         hidden = tensors.pop("hidden", None)
         if (hidden is not None) != (call.grad_BTH is None or call.input_grad):
             raise WireError("a reply holds a hidden state where none was asked for, or lacks it")
-        if hidden is not None and (hidden.shape != call.hidden_BTH.shape or hidden.dtype != call.hidden_BTH.dtype):
-            raise WireError(
-                f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {call.hidden_BTH.dtype} {tuple(call.hidden_BTH.shape)}"
-            )
+        sent = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
+        if hidden is not None and (hidden.shape != sent.shape or hidden.dtype != sent.dtype):
+            raise WireError(f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {sent.dtype} {tuple(sent.shape)}")
         grads: dict[int, Tensor] = {}
         for index, kwarg in enumerate(call.kwargs if call.grad_BTH is not None else ()):
             if not kwarg.requires_grad:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from swarmtune.adapters.tuners import PROMPT_LEARNING, REFUSED, TUNERS, check_supported
 from swarmtune.errors import AdapterUnsupported, KwargError
-from tests.harness import batch, loopback, remote, step, trainable
+from tests.harness import batch, loopback, remote, same_bits, step, trainable
 
 FAMILIES = ("bloom", "llama")
 pytestmark = [
@@ -240,3 +240,63 @@ def test_types_that_cannot_be_right_are_refused_by_name(kind: str) -> None:
     config.peft_type = PeftType(kind)
     with pytest.raises(AdapterUnsupported, match=f"type {kind} are not supported, because"):
         check_supported(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adalora_trains_as_peft_trains_it_and_moves_the_same_ranks(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    case = CASES["adalora"]
+    theirs = local(models[family], case.config(family))
+    with loopback(models[family]) as swarm:
+        torch.manual_seed(7)
+        ours = remote(models[family], swarm, case.config(family))
+        optimizers = [torch.optim.AdamW(parameters, lr=1e-2) for parameters in (list(trainable(theirs).values()), list(ours.adapter.parameters()))]
+        for number in range(10):
+            losses = [model(**batch(seed=number)).loss for model in (theirs, ours)]
+            assert torch.equal(*losses), "the loss has PEFT's orthogonality term"
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                loss.backward()
+                optimizer.step()
+            theirs.base_model.update_and_allocate(number)
+            ours.adapter.after_step(number)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        assert same_bits(trainable(theirs), dict(ours.adapter.named_parameters()))
+        assert theirs.peft_config["default"].rank_pattern == ours.adapter.config.rank_pattern is not None
+        ours.adapter.save_pretrained(tmp_path / "ours")
+        whole = {"input_ids": batch()["input_ids"]}
+        again = remote(models[family], swarm, str(tmp_path / "ours"))
+        assert sum(parameter.numel() for parameter in again.adapter.parameters()) < sum(parameter.numel() for parameter in ours.adapter.parameters())
+        assert near(ours(**whole).logits, again(**whole).logits, 1e-6), "what was masked is gone, and nothing else"
+        found = again(**whole).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of its own rank pattern
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[family]), tmp_path / "ours").eval()
+    assert torch.equal(aligned(loaded)(**whole).logits, found)
+
+
+def test_adaloras_rule_goes_on_from_a_checkpoint(bloom: Path) -> None:
+    config = CASES["adalora"].config("bloom")
+    with loopback(bloom) as swarm:
+
+        def run(steps: range, model: Any) -> None:
+            for number in steps:
+                model.zero_grad()
+                model(**batch(seed=number)).loss.backward()
+                with torch.no_grad():
+                    for parameter in model.adapter.parameters():
+                        parameter -= 0.05 * parameter.grad
+                model.adapter.after_step(number)
+
+        torch.manual_seed(7)
+        whole = remote(bloom, swarm, config)
+        run(range(8), whole)
+        torch.manual_seed(7)
+        first = remote(bloom, swarm, config)
+        run(range(4), first)
+        state, rule = copy.deepcopy(first.adapter.state_dict()), copy.deepcopy(first.adapter.rule_state())
+        second = remote(bloom, swarm, config)
+        second.adapter.load_state_dict(state)
+        second.adapter.load_rule_state(rule)
+        run(range(4, 8), second)
+    assert same_bits(dict(whole.adapter.named_parameters()), dict(second.adapter.named_parameters()))
+    assert whole.adapter.config.rank_pattern == second.adapter.config.rank_pattern

@@ -15,8 +15,8 @@ from peft import IA3Config, PeftConfig, PeftType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
+from servers.program import MAX_PROGRAMS
 from servers.quantize import held_bytes
-from servers.span import MAX_PROGRAMS
 from swarmtune import Kwarg
 from swarmtune.adapters.tuners import OVER_QUANTISED, check_over_quantised
 from swarmtune.errors import AdapterUnsupported, KwargError, SwarmMismatch
@@ -148,7 +148,7 @@ def test_many_programs_share_one_copy_of_the_quantised_weights_and_none_changes_
             set_values([dict(model.adapter.named_parameters())])
             step(model, batch(rows=1, tokens=4))
         remote(wide["bloom"], swarm)(**batch())
-        programs = list(handler._span._programs.values())
+        programs = list(handler._span.programs._kept.values())
     assert len(programs) == MAX_PROGRAMS
     held = sum(held_bytes(block) for block in handler._span.weights.blocks.values())
     everything = nn.ModuleList([layer for program in programs for layer in program.layers])

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from swarmtune import app
 from swarmtune.config import load_config
@@ -89,3 +89,12 @@ SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.limit_v
 def run_short(tiny_model: Path, run_dir: Path, *words: str) -> dict:
     config = load_config(["recipe=lora_bloom", f"model={tiny_model}", f"run_dir={run_dir}", "data.sequence_length=16", *SHORT, *words])
     return app.train(config)
+
+
+def classifier_stand_in(path: str, swarm: object, adapter: LoraConfig | None = None, num_labels: int = 2) -> nn.Module:
+    """A local classifier with LoRA and a head that learn, in the place of ``load_sequence_classifier``."""
+    config = adapter or LoraConfig(r=2, target_modules=["query_key_value"], task_type="SEQ_CLS")
+    peft_model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels), config)
+    model = peft_model.base_model.model
+    model.adapter = Adapter(peft_model)
+    return model

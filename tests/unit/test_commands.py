@@ -73,7 +73,7 @@ def test_help_of_a_verb_says_what_it_takes(verb: str, capsys: pytest.CaptureFixt
         (["ls", "adaptor"], "ls: there is no group 'adaptor'"),
         (["completion", "bahs"], "completion: expected one of bash, fish, zsh, got 'bahs'; did you mean bash?"),
         (["export", "x", "y", "--dtype"], "export: argument --dtype: expected one argument"),
-        (["cp", "lora_blom", "x"], "there is no recipe 'lora_blom'; there are: lora_bloom; did you mean lora_bloom?"),
+        (["cp", "lora_blom", "x"], f"there is no recipe 'lora_blom'; there are: {', '.join(options('recipe'))}; did you mean lora_bloom?"),
         (["cp", "lora_bloom", "no/such/x"], "cp: there is no directory "),
         (["cp", "lora_bloom", ""], "cp: expected the name of a file to make"),
         (["show", "lora_blom"], "there is no recipe 'lora_blom'"),
@@ -98,7 +98,9 @@ def test_a_wrong_word_is_one_sentence(words: list[str], sentence: str, here: Pat
 
 
 def test_ls_lists_recipes_and_the_options_of_each_group(capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(["ls"], capsys) == "lora_bloom  LoRA on a BLOOM whose blocks run on a swarm.\n"
+    recipes = said(["ls"], capsys).splitlines()
+    assert [line.split()[0] for line in recipes] == options("recipe")
+    assert [line.split(maxsplit=1)[1] for line in recipes if line.startswith("lora_bloom ")] == ["LoRA on a BLOOM whose blocks run on a swarm."]
     for group in groups():
         lines = said(["ls", group], capsys).splitlines()
         assert [line.split()[0] for line in lines] == options(group)
@@ -286,6 +288,14 @@ def test_a_run_that_has_not_reached_its_end_gives_its_newest_checkpoint(trained:
     assert "the newest checkpoint, step 10" in said(["export", "run", "b"], capsys)
     shutil.rmtree(run / "checkpoints")
     assert "holds no adapter" in refused(["export", "run", "c"], capsys)
+
+
+def test_what_stands_beside_an_adapter_goes_with_it(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained / "adapter", here / "adapter")
+    (here / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    said(["export", "adapter", "out", "--model", yaml.safe_load((trained / "config.yaml").read_text())["model"]["path"]], capsys)
+    assert (here / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "chat_template.jinja" in json.loads((here / "out" / export.MARKER).read_text())["files"]
 
 
 def test_a_damaged_checkpoint_is_never_exported(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

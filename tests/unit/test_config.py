@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 import conf
-from swarmtune import schema
+from swarmtune import data_schema, schema
 from swarmtune.config import compose, load_config, load_saved, options, resolve_path, save_yaml, to_plain
+from swarmtune.data_schema import Format
 from swarmtune.errors import UsageError
 from swarmtune.schema import Config, Dtype, Quantize
 from swarmtune.train.library_keys import check_trainer_flags, peft_config, trainer_flags
@@ -32,7 +33,7 @@ def test_every_yaml_becomes_a_checked_config(group: str, option: str) -> None:
 
 
 def test_every_field_of_the_schema_is_documented() -> None:
-    source = inspect.getsource(schema)
+    source = inspect.getsource(schema) + "\n\n\n" + inspect.getsource(data_schema)
     for name in ("ModelConfig", "DataConfig", "SwarmConfig", "OptimizerConfig", "LoggerConfig", "CallbacksConfig", "Config"):
         lines = source.split(f"class {name}:")[1].split("\n\n\n")[0].splitlines()
         fields = [index for index, line in enumerate(lines) if line.startswith("    ") and line[4].isalpha() and ": " in line and "def " not in line]
@@ -42,7 +43,7 @@ def test_every_field_of_the_schema_is_documented() -> None:
 
 SENTENCES = {
     "": "say which recipe to run, such as recipe=lora_bloom",
-    "recipe=lora_blom": "there is no recipe 'lora_blom'; there are: lora_bloom; did you mean lora_bloom?",
+    "recipe=lora_blom": f"there is no recipe 'lora_blom'; there are: {', '.join(options('recipe'))}; did you mean lora_bloom?",
     f"{RECIPE} trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be above 0, got 0",
     f"{RECIPE} trainer.precision=64-true": "trainer.precision=64-true is not supported: adapters are float32 (32-true) or lower",
     f"{RECIPE} optimizer.lr=inf": "optimizer.lr must be a finite number above 0, got inf",
@@ -63,11 +64,31 @@ SENTENCES = {
     f"{RECIPE} data.shuffle_windows=9": "data.shuffle_windows needs data.streaming=true",
     f"{RECIPE} data.validation_windows=0": "data.validation_windows must be at least 1, got 0",
     f"{RECIPE} data.cache=false data.cache_dir=/x": "data.cache_dir says nothing beside data.cache=false",
+    f"{RECIPE} data.format=chat": "data.format=chat needs data=PATH or ID, or data=python_questions: python_topics is no such data",
+    "recipe=lora_chat data=python_topics": "data.format=chat needs data=PATH or ID, or data=python_questions: python_topics is no such data",
+    "recipe=lora_classify data=python_questions": "data.format=labels needs data=PATH or ID, or data=python_packages: python_questions is no such",
+    f"{RECIPE} data.train_on=everything": "data.train_on needs data.format=chat: it says nothing about data.format=text",
+    f"{RECIPE} data.too_long=drop": "data.too_long needs data.format=chat or data.format=labels: it says nothing about data.format=text",
+    "recipe=lora_chat data.messages_column=x": "data.messages_column needs data=PATH or ID: it says nothing about the texts that come with Python",
+    "recipe=lora_chat data=org/x data.text_column=x": "data.text_column needs data.format=text or data.format=labels",
+    "recipe=lora_chat data=org/x data.prompt_column=q": "data.prompt_column and data.completion_column go together: give both, or neither",
+    "recipe=lora_chat data=org/x data.prompt_column=q data.completion_column=a data.messages_column=m": "data.messages_column says nothing beside",
+    f"recipe=lora_chat data.chat_template=x data.chat_template_file={CONF}/config.yaml": "data.chat_template_file says nothing beside data.ch",
+    "recipe=lora_chat data.chat_template_file=/no/such.jinja": "data.chat_template_file: no such file or directory: /no/such.jinja",
+    "recipe=lora_chat data.chat_template_file=gone": "data.chat_template_file: no such file or directory: gone",
+    "recipe=lora_chat data.packing=yes": "data.packing must be one of auto, always, never, got",
+    "recipe=lora_chat data.train_on=prompts": "data.train_on must be one of completions, everything, got 'prompts'",
+    "recipe=lora_classify data=org/x data.label_names=[a,a]": "data.label_names must list two different classes or more, got ['a', 'a']",
+    "recipe=lora_classify data=org/x data.streaming=true": "data.label_names must be given for a stream",
     f"{RECIPE} data=/no/*.jsonl": "data.path: no file matches /no/*.jsonl",
     f"{RECIPE} data=notes.jsonl.gz": "data: no such file or directory: notes.jsonl.gz",
     f"{RECIPE} data.validation_path=/no/such.csv": "data.validation_path: no such file or directory: /no/such.csv",
     f"{RECIPE} model=": "model.path must not be empty",
-    f"{RECIPE} adapter.lora_dropout=0.1": "lora_dropout=0.1 is not supported, because a recomputed mask would differ: set lora_dropout=0",
+    f"{RECIPE} adapter=loha adapter.rank_dropout=0.1": "rank_dropout=0.1 of LoHaConfig is not supported, because its mask comes from global random "
+    "numbers and a recomputed one would differ: set rank_dropout=0",
+    f"{RECIPE} adapter=deep_prompts adapter.num_tokens=0": "num_tokens of deep prompts must be an integer from 1 to 16384, got 0",
+    f"{RECIPE} adapter=bitfit adapter.parameter=[a]": "there is no key adapter.parameter; did you mean adapter.parameters?",
+    f"{RECIPE} adapter.peft_type=OSF": "adapters of type OSF are not supported, because it takes the body's weights apart and trains parts of them",
     f"{RECIPE} trainer.devices=2": "trainer.devices=2 is not supported: training is one process on one device (the servers do the work); use 1",
     f"{RECIPE} data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
     f"{RECIPE} +data.batch_sise=4": "there is no key data.batch_sise; did you mean data.batch_size?",
@@ -101,7 +122,7 @@ SENTENCES = {
     f"{RECIPE} adapter.r=0": "adapter.r must be at least 1, got 0",
     f"{RECIPE} adapter.peft_type=LORE": "there is no adapter.peft_type 'LORE'; did you mean LORA?",
     f"{RECIPE} adapter=/no/such": "adapter: no such directory: /no/such",
-    f"{RECIPE} model=poket_bloom": "there is no model 'poket_bloom'; there are: pocket_bloom; did you mean",
+    f"{RECIPE} model=poket_bloom": "there is no model 'poket_bloom'; there are: pocket_bloom, pocket_llama; did you mean",
     f"{RECIPE} model=./missing": "model: no such directory: ./missing",
     f"{RECIPE} model=/no/such/model": "model: no such directory: /no/such/model",
     f"{RECIPE} model=~/no-such-model": "model: no such directory: ~/no-such-model",
@@ -161,6 +182,14 @@ def test_a_directory_with_odd_characters_is_a_model(tmp_path: Path) -> None:
     assert found.model.path == found.data.path == str(folder)
     assert found.data.source.value == "dataset"
     assert found.run_dir == f"{folder}/run, 1"
+
+
+def test_a_recipe_keeps_its_format_when_it_is_given_data() -> None:
+    assert load_config(["recipe=lora_chat", "data=org/x"]).data.format is Format.CHAT
+    assert load_config(["recipe=lora_classify", "data=org/x", "data.label_names=[a,b]"]).data.label_names == ("a", "b")
+    assert load_config(["data=python_questions", RECIPE]).data.format is Format.CHAT
+    template = r"{% for m in messages %}[{{ m.content }}]\n{% endfor %}"
+    assert load_config(["recipe=lora_chat", f"data.chat_template={template}"]).data.chat_template == template.replace(r"\n", "\n")
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ from swarmtune.train import sources
 from swarmtune.train.cache import TokenCache, default_folder
 from swarmtune.train.data import TextDataModule
 from swarmtune.train.documents import SHARED_PARAGRAPH_CHARS, Document, held_out, python_topics
+from swarmtune.train.forms import TextForm
 from swarmtune.train.preparing import Preparing
+from swarmtune.train.rows import TextRows
 from swarmtune.train.sources import DatasetSource
 from swarmtune.train.windows import IGNORED_LABEL, Windows, cut, pack
 
@@ -119,7 +121,11 @@ def test_a_stream_is_cut_as_prepared_tokens_are(tokens: list[list[int]]) -> None
 
 
 def read(path: Path | str, column: str = "body", **options: Any) -> list[str]:
-    return [item.text for item in DatasetSource(str(path), column, **options).documents()]
+    return [item.text for item in source_of(path, column, **options).documents()]
+
+
+def source_of(path: Path | str, column: str = "text", template: str | None = None, **options: Any) -> DatasetSource:
+    return DatasetSource(str(path), TextRows(column, template), **options)
 
 
 def write(folder: Path, kind: str) -> Path:
@@ -167,10 +173,10 @@ KINDS = ["json", "jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "csv", "tsv", "pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_local_data_of_every_layout_is_read_and_has_an_identity(kind: str, tmp_path: Path) -> None:
-    source = DatasetSource(str(write(tmp_path, kind)), "body")
+    source = source_of(write(tmp_path, kind), "body")
     source.check()
     assert [item.text for item in source.documents()] == TEXTS
-    assert source.digest(lambda _: None) == source.digest(lambda _: None) != DatasetSource(source.path, "number").digest(lambda _: None)
+    assert source.digest(lambda _: None) == source.digest(lambda _: None) != source_of(source.path, "number").digest(lambda _: None)
     if kind in ("splits", "directory"):
         assert read(source.path, split="test") == TEXTS[:1]
 
@@ -187,7 +193,7 @@ def test_a_directory_with_a_card_has_the_configurations_and_splits_that_it_says(
     assert read(tmp_path, name="fr") == ["c"]
     for options, sentence in [({}, "Config name is missing"), ({"name": "de"}, "'de' not found"), ({"name": "en", "split": "dev"}, "Bad split: dev")]:
         with pytest.raises(UsageError, match=sentence):
-            DatasetSource(str(tmp_path), "body", **options).check()
+            source_of(tmp_path, "body", **options).check()
 
 
 def test_a_text_file_is_read_by_paragraph_alone_and_in_a_directory(tmp_path: Path) -> None:
@@ -238,7 +244,7 @@ def test_wrong_data_is_one_sentence_before_anything_is_prepared(tmp_path: Path, 
         ({"path": tmp_path / "fake.jsonl.gz"}, "fake.jsonl.gz: "),
         ({"path": tmp_path / "fake.parquet"}, "fake.parquet: "),
     ]:
-        source = DatasetSource(**{"column": "body", **options, "path": str(options["path"])})
+        source = source_of(**{"column": "body", **options})
         with pytest.raises(UsageError) as caught:
             source.check()
         assert sentence in str(caught.value)
@@ -259,7 +265,7 @@ def test_a_row_that_breaks_a_file_late_is_one_sentence_too(tmp_path: Path) -> No
 def test_a_file_without_the_column_among_others_is_not_left_out_silently(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("body\nx\n")
     (tmp_path / "b.csv").write_text("bdy\ny\n")
-    for look in (lambda: read(tmp_path / "*.csv"), DatasetSource(str(tmp_path / "*.csv"), "body").check, lambda: read(tmp_path)):
+    for look in (lambda: read(tmp_path / "*.csv"), source_of(tmp_path / "*.csv", "body").check, lambda: read(tmp_path)):
         with pytest.raises(UsageError, match=r"there is no column 'body'; there are: bdy"):
             look()
 
@@ -439,7 +445,7 @@ def test_preparing_moves_the_display_in_chunks(tmp_path: Path, monkeypatch: pyte
     data = module(write(tmp_path, "jsonl"), cache=False)
     quick = Preparing(Console(file=out, width=120), line_every_s=0.0, quiet_s=0.0)
     monkeypatch.setattr("swarmtune.train.preparing.CHECK_EVERY_S", 0.0)
-    prepare.prepare(data.train_source, None, 0.15, prepare.load_tokenizer(POCKET), quick)
+    prepare.prepare(data.train_source, None, 0.15, TextForm(16), prepare.load_tokenizer(POCKET), quick)
     assert "reading" in out.getvalue()
     assert "100% of 0.0 M characters" in out.getvalue()
 
@@ -468,7 +474,7 @@ def test_a_stream_trains_on_what_is_not_held_out_and_on_all_of_it(tmp_path: Path
     path = write(tmp_path, "jsonl")
     data = stream(path, validation_windows=1000)
     both = tokens(module(path, sequence_length=8, cache=False, validation_fraction=0.5))
-    held = data.windows["val"].tokens_M.tolist()
+    held = [token for row in data.windows["val"].held for token in row.tolist()]
     seen, state = take(data, 60)
     in_first_pass = [window for batch in seen[: next(i for i, b in enumerate(seen) if len(b) < 4) + 1] for window in batch]
     assert state["epoch"] > 0
@@ -539,6 +545,9 @@ def test_commands_of_the_document_find_and_read_their_data(command: str, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path("notes.jsonl").write_text('{"text": "a note", "question": "why"}\n')
     Path("questions.csv").write_text("question,answer\nwhy,therefore\n")
+    Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "therefore"}]}\n')
+    Path("chat.jinja").write_text("{{ messages }}")
+    Path("reviews.csv").write_text("review,stars\ngood,3\nbad,1\n")
     Path("notes").mkdir()
     Path("notes/a.txt").write_text("a note\n\nanother")
     datasets_folder = write(tmp_path, "splits").rename("saved")

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from swarmtune.train.data import TextDataModule
-from swarmtune.train.loader import ResumableLoader, WindowBatches
+from swarmtune.train.loader import ResumableLoader, RowBatches
 from swarmtune.train.windows import Windows
 
 WINDOWS = 23
@@ -21,7 +21,7 @@ POCKET = str(Path(__file__).parents[2] / "swarmtune" / "assets" / "pocket_bloom"
 
 
 def loader(seed: int = 0, num_workers: int = 0) -> ResumableLoader:
-    return ResumableLoader(WindowBatches(Windows(torch.arange(WINDOWS * 4, dtype=torch.int32), 4, 0), 3, seed), num_workers=num_workers)
+    return ResumableLoader(RowBatches(Windows(torch.arange(WINDOWS * 4, dtype=torch.int32), 4, 0), 3, seed), num_workers=num_workers)
 
 
 def first_tokens(batches: Any) -> list[list[int]]:

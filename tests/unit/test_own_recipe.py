@@ -10,7 +10,7 @@ import pytest
 
 from swarmtune.app import load_recipe
 from swarmtune.commands.cp import main as cp
-from swarmtune.config import load_config, to_plain
+from swarmtune.config import load_config, options, to_plain
 from swarmtune.errors import UsageError
 from swarmtune.own_recipe import check_code, code_names, load_build
 from swarmtune.train.run_dir import new_run_dir
@@ -78,7 +78,7 @@ SENTENCES = {
     "defaults:\n  - override /modl: pocket_bloom\nrecipe: lora_bloom\n": "mine.yaml, line 2: Could not override 'modl'",
     "defaults:\n  - override /model: pocket_blom\nrecipe: lora_bloom\n": "mine.yaml, line 2: there is no model 'pocket_blom'; there are: pocket",
     "defaults:\n  - lora_blom\n": "mine.yaml, line 2: there is no recipe 'lora_blom'",
-    "recipe: lora_blom\n": "mine.yaml, line 1: there is no recipe 'lora_blom'; there are: lora_bloom; a file of your own ends in .py",
+    "recipe: lora_blom\n": f"mine.yaml, line 1: there is no recipe 'lora_blom'; there are: {', '.join(options('recipe'))}; a file of your own ends",
     "recipe: gone.py\n": "mine.yaml, line 1: there is no file ",
     "recipe: bad.py\n": "bad.py, line 2: ",
     "recipe: none.py\n": "none.py needs a function build(config, swarm)",
@@ -119,7 +119,7 @@ def test_a_mistake_in_a_word_is_not_blamed_on_the_file(here: Path) -> None:
     [
         ("recipe=gone.yaml", "recipe: gone.yaml cannot be read: No such file or directory"),
         ("recipe=mine.py", "recipe: expected a YAML file, got mine.py; swarmtune cp makes"),
-        ("recipe=mine", "there is no recipe 'mine'; there are: lora_bloom; did you mean recipe=mine.yaml?"),
+        ("recipe=mine", f"there is no recipe 'mine'; there are: {', '.join(options('recipe'))}; did you mean recipe=mine.yaml?"),
         ("recipe=./mine", "recipe: expected a YAML file, got ./mine"),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_build_returns_is_checked_before_training(tmp_path: Path) -> None:
 
 
 def test_every_bundled_recipe_has_its_code() -> None:
-    assert code_names() == ["lora_bloom"]
+    assert code_names() == options("recipe")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "."])

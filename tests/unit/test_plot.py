@@ -140,6 +140,19 @@ def test_page_asks_nothing_of_the_network_and_allows_its_own_script_only(tmp_pat
         image.verify()
 
 
+def test_accuracies_of_classifiers_stand_where_perplexities_would(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "run", "step,train_loss,val_loss,val_accuracy\n0,,1.6,0.2\n0,1.5,,\n1,1.2,,\n1,,1.1,0.75\n")
+    page = page_of(must_read(path))
+    assert page.data["charts"][1]["title"] == "accuracy on held-out texts"
+    (series,) = page.data["charts"][1]["series"]
+    assert (series["name"], series["x"], series["y"]) == ("accuracy", [0, 2], [0.2, 0.75])
+    (shown,) = page.records("runs")
+    assert (shown["accuracy before"], shown["after"]) == ("0.2000", "0.7500")
+    write_run(tmp_path / "other")
+    mixed = page_of(must_read(path), must_read(tmp_path / "other"))
+    assert mixed.data["charts"][1]["title"] == "perplexity on held-out text"
+
+
 def test_numbers_of_the_tables_and_charts_are_those_of_the_csv(tmp_path: Path) -> None:
     rows = write_run(tmp_path / "run")
     page = page_of(must_read(tmp_path / "run"))

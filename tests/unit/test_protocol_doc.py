@@ -47,7 +47,7 @@ MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (frames, tensors, codec, messages, initial, tuners, connection, hivemind, records, announce, executor, program, span, route)
 }
-COMPLETE = (frames, tensors, codec, messages, initial, records, program, span)
+COMPLETE = (frames, tensors, codec, messages, initial, records, program)
 """Every number that one of these modules names stands in the document."""
 
 MODEL = "0123456789abcdef"
@@ -236,6 +236,7 @@ def tuner_rows() -> list[str]:
         if kind == "TRAINABLE_TOKENS":
             continue
         made = ("indices of all blocks" if tuner.joint else "indices") if tuner.materialised else ""
+        made += "".join(f", `{name}`" for name in tuner.computed)
         found.append(
             f"| {kind} |"
             + cell(quoted(tuner.fields, tuner.bounds))

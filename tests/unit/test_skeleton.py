@@ -12,11 +12,45 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, GPT2Config, GraniteConfig, LlamaConfig, OlmoConfig, OPTConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    BertConfig,
+    BloomConfig,
+    Cohere2Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    GlmMoeDsaConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    MiniMaxConfig,
+    OlmoConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    XGLMConfig,
+    Zamba2Config,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import swarmtune
 from swarmtune.errors import ModelUnsupported, UsageError
-from swarmtune.skeleton import build_skeleton, call_span, check_identity, check_span, config_digest, hidden_size, init_buffers, load_config, truncate
+from swarmtune.skeleton import (
+    Head,
+    build_skeleton,
+    call_span,
+    check_identity,
+    check_span,
+    config_digest,
+    find_layers,
+    hidden_size,
+    init_buffers,
+    load_config,
+    truncate,
+)
 from swarmtune.train.prepare import load_tokenizer
 from swarmtune.types import BlockSpan
 
@@ -24,26 +58,46 @@ POCKET = Path(swarmtune.__file__).parent / "assets" / "pocket_bloom"
 COMMON: dict[str, Any] = {"hidden_size": 32, "vocab_size": 64}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 3}
 ROTARY: dict[str, Any] = {**COMMON, **HEADS, "num_key_value_heads": 2, "intermediate_size": 48}
-GOOD: dict[str, tuple[PretrainedConfig, str, bool]] = {
-    "bloom": (BloomConfig(**COMMON, n_layer=3, n_head=4), "transformer.h.", True),
-    "llama": (LlamaConfig(**ROTARY), "model.layers.", False),
-    "gpt2": (GPT2Config(**COMMON, n_layer=3, n_head=4, n_positions=16), "transformer.h.", False),
-    "opt": (OPTConfig(**COMMON, **HEADS, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=16), "model.decoder.layers.", False),
-    "qwen3": (Qwen3Config(**ROTARY, head_dim=8), "model.layers.", False),
-    "granite without multiplier": (GraniteConfig(**ROTARY, embedding_multiplier=1.0), "model.layers.", False),
+MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+LATENT: dict[str, Any] = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+GOOD: dict[str, tuple[PretrainedConfig, str, int]] = {
+    "bloom": (BloomConfig(**COMMON, n_layer=3, n_head=4), "transformer.h.", 1),
+    "llama": (LlamaConfig(**ROTARY), "model.layers.", 0),
+    "gpt2": (GPT2Config(**COMMON, n_layer=3, n_head=4, n_positions=16, scale_attn_by_inverse_layer_idx=True), "transformer.h.", 0),
+    "opt": (OPTConfig(**COMMON, **HEADS, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=16), "model.decoder.layers.", 0),
+    "qwen3": (Qwen3Config(**ROTARY, head_dim=8), "model.layers.", 0),
+    "granite": (GraniteConfig(**ROTARY, embedding_multiplier=12.0), "model.layers.", 0),
+    "olmo": (OlmoConfig(**ROTARY), "model.layers.", 0),
+    "xglm": (XGLMConfig(d_model=32, vocab_size=64, num_layers=3, attention_heads=4, ffn_dim=48, max_position_embeddings=16), "model.layers.", 0),
+    "bamba": (BambaConfig(**ROTARY, **MAMBA, attn_layer_indices=[1]), "model.layers.", 2),
+    "minimax": (MiniMaxConfig(**ROTARY, head_dim=8, num_local_experts=2, layer_types=["linear_attention"] * 3), "model.layers.", 0),
 }
-BAD: dict[str, PretrainedConfig] = {
-    "granite": GraniteConfig(**ROTARY, embedding_multiplier=12.0),
-    "olmo": OlmoConfig(**ROTARY),
+BAD: dict[str, tuple[PretrainedConfig, str]] = {
+    "gemma3n": (Gemma3nTextConfig(**ROTARY, layer_types=["full_attention"] * 3, num_kv_shared_layers=0), "span of zero layers is not the identity"),
+    "glm_moe_dsa": (
+        GlmMoeDsaConfig(**{**ROTARY, "num_key_value_heads": 4}, **LATENT, index_n_heads=2, index_head_dim=8),
+        "gives its layer 1 other prev_topk_indices in a span than in the whole model",
+    ),
+    "gemma4": (
+        Gemma4TextConfig(**ROTARY, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+        "lets its layers hand things to each other through their argument shared_kv_states",
+    ),
+    "zamba2": (
+        Zamba2Config(**COMMON, num_attention_heads=4, num_hidden_layers=3, layers_block_type=["hybrid", "mamba", "hybrid"]),
+        r"shares model\.layers\.2\.shared_transformer.* between layer 0 and layer 2",
+    ),
+    "dynamic rotary scaling": (LlamaConfig(**ROTARY, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "earlier calls"),
+    "stored quantised": (LlamaConfig(**ROTARY, quantization_config={"quant_method": "fp8"}), "stored quantised, which spans do not unpack"),
+    "bert": (BertConfig(**COMMON, **HEADS, is_decoder=True), "does not run on hidden states alone"),
 }
 
 
 @pytest.mark.parametrize("family", GOOD)
 def test_a_mainstream_decoder_passes_the_identity_check(family: str) -> None:
-    config, prefix, returns_tuple = GOOD[family]
+    config, prefix, output_items = GOOD[family]
     before = config.to_dict()
     site = check_identity(config)
-    assert (site.prefix, site.num_blocks, site.returns_tuple) == (prefix, 3, returns_tuple)
+    assert (site.prefix, site.num_blocks, site.output_items) == (prefix, 3, output_items)
     assert hidden_size(config) == 32
     assert config.to_dict() == before
     assert site.split(f"{prefix}2.mlp.weight") == (2, "mlp.weight")
@@ -51,10 +105,40 @@ def test_a_mainstream_decoder_passes_the_identity_check(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", BAD)
-def test_a_model_that_computes_outside_its_layers_is_refused_in_one_sentence(family: str) -> None:
-    with pytest.raises(ModelUnsupported, match="span of zero layers is not the identity") as caught:
-        check_identity(BAD[family])
+def test_a_model_that_cannot_be_cut_exactly_is_refused_in_one_sentence(family: str) -> None:
+    config, sentence = BAD[family]
+    with pytest.raises(ModelUnsupported, match=sentence) as caught:
+        check_identity(config)
     assert "\n" not in str(caught.value)
+
+
+def test_what_layers_may_return_beside_hidden_states_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that hands on a second item, where there is one, runs with stand-ins that return none."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        hidden_BTH, second = inputs_embeds, None
+        for layer in self.layers:
+            output = layer(hidden_BTH, second)
+            hidden_BTH, second = output[0] if isinstance(output, tuple) else output, output[1] if isinstance(output, tuple) and output[1:] else None
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTH))
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(ModelUnsupported, match="gives its layer 1 other 0 in a span than in the whole model"):
+        check_identity(LlamaConfig(**ROTARY))
+
+
+def test_masks_of_the_wrong_layers_are_found_whatever_the_width_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Cohere2Config(**ROTARY, sliding_window=4096, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    check_identity(config)
+
+    def without_slices(config: PretrainedConfig, start: int, stop: int, num_blocks: int) -> PretrainedConfig:
+        found = copy.deepcopy(config)
+        found.num_hidden_layers = stop - start
+        return found
+
+    monkeypatch.setattr("swarmtune.skeleton._slice_config", without_slices)
+    with pytest.raises(ModelUnsupported, match="gives its layer 1 other attention_mask in a span than in the whole model"):
+        check_identity(config)
 
 
 def test_a_model_without_a_causal_head_is_refused() -> None:
@@ -69,10 +153,10 @@ def test_spans_of_a_model_add_up_to_the_model_to_the_bit(family: str) -> None:
     config, _, _ = GOOD[family]
     site = check_identity(config)
     torch.manual_seed(0)
-    whole = build_skeleton(config).to_empty(device="cpu")
+    whole = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in whole.parameters():
-            parameter.normal_(std=0.05)
+            parameter.add_(torch.randn_like(parameter) * 0.05)
 
     def span(start: int, stop: int) -> torch.nn.Module:
         model = build_skeleton(config)
@@ -85,10 +169,46 @@ def test_spans_of_a_model_add_up_to_the_model_to_the_bit(family: str) -> None:
 
     hidden_BTH, mask_BT = torch.randn(2, 6, 32), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
-        expected = call_span(span(0, 3), hidden_BTH, attention_mask=mask_BT)
-        found = call_span(span(1, 3), call_span(span(0, 1), hidden_BTH, attention_mask=mask_BT), attention_mask=mask_BT)
+        middle_BTH = call_span(span(0, 1), hidden_BTH, attention_mask=mask_BT)
+        found = call_span(span(1, 3), middle_BTH, attention_mask=mask_BT)
+        layers = [*whole.get_submodule(site.prefix[:-1])]
+        parent = span(0, 0)
+        setattr(parent, site.attribute, torch.nn.ModuleList(layers))
+        parent.config = whole.get_submodule(site.parent_name).config
+        expected = call_span(parent, hidden_BTH, attention_mask=mask_BT)
     assert torch.equal(found, expected)
-    assert not torch.equal(found, hidden_BTH)
+    assert not torch.equal(found, middle_BTH)
+
+
+def test_layers_of_a_span_keep_what_the_whole_model_made_of_their_number() -> None:
+    """MiniMax computes the decay of its attention from a layer's number, GPT-2 its scale."""
+    for family, values in {"minimax": "self_attn.slope_rate", "gpt2": "attn.scaling"}.items():
+        config = GOOD[family][0]
+        site, whole, model = check_identity(config), AutoModelForCausalLM.from_config(config), build_skeleton(config)
+        init_buffers(parent := truncate(model, site, 2, 3), model)
+        (layer,), other = getattr(parent, site.attribute), whole.get_submodule(f"{site.prefix}2")
+        place, _, name = values.rpartition(".")
+        mine, theirs = getattr(layer.get_submodule(place), name), getattr(other.get_submodule(place), name)
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+        first = getattr(whole.get_submodule(f"{site.prefix}0.{place}"), name)
+        assert not torch.equal(torch.as_tensor(first), torch.as_tensor(theirs)), "this layer's differs from the first one's"
+
+
+@pytest.mark.parametrize("head", ["sequence_classification", "token_classification"])
+def test_a_skeleton_can_have_another_head(head: Head) -> None:
+    model = build_skeleton(LlamaConfig(**ROTARY, num_labels=3), head)
+    assert find_layers(model) == find_layers(build_skeleton(LlamaConfig(**ROTARY)))
+    assert [tuple(parameter.shape) for name, parameter in model.named_parameters() if "score" in name and name.endswith("weight")] == [(3, 32)]
+    with pytest.raises(ModelUnsupported, match=f"no {head.removesuffix('ification').replace('_', ' ')}ifier can be built from a 'mamba' config"):
+        build_skeleton(MambaConfig(), head)
+
+
+def test_a_configuration_without_a_limit_has_a_digest() -> None:
+    """Mamba's configurations say with an infinity that there is none, which JSON cannot hold."""
+    one, other = BambaConfig(**ROTARY, **MAMBA), BambaConfig(**ROTARY, **MAMBA, time_step_limit=(0.0, 1.0))
+    assert one.time_step_limit[1] == float("inf")
+    assert config_digest(one) != config_digest(other)
+    assert len(config_digest(one)) == 16
 
 
 def test_a_skeleton_takes_no_memory_and_learns_nothing() -> None:

@@ -18,7 +18,7 @@ from swarmtune import model as client
 from swarmtune.errors import ModelUnsupported, UsageError
 from swarmtune.skeleton import check_identity, load_config
 from swarmtune.types import BlockSpan
-from swarmtune.weights import INDEX, SINGLE, Checkpoint, _all_finite
+from swarmtune.weights import INDEX, SINGLE, Checkpoint, all_finite
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def blocks_of(path: Path, start: int = 0, stop: int = 2, dtype: torch.dtype = to
 
 def ends_of(path: Path) -> torch.nn.Module:
     config = load_config(str(path))
-    return client._load_ends(str(path), config, check_identity(config), torch.float32, torch.device("cpu"))
+    return client._load_ends(str(path), config, check_identity(config), "causal_lm", torch.float32)[0]
 
 
 def weight_map(path: Path) -> dict[str, str]:
@@ -248,13 +248,13 @@ def test_a_weight_that_the_served_type_cannot_hold_is_refused(copied: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_value_that_is_not_finite_is_found_wherever_it_stands(dtype: torch.dtype) -> None:
     largest = torch.full((3, 37), torch.finfo(dtype).max, dtype=dtype)
-    assert _all_finite(largest)
-    assert _all_finite(torch.zeros(0, dtype=dtype))
+    assert all_finite(largest)
+    assert all_finite(torch.zeros(0, dtype=dtype))
     for place in range(largest.numel()):
         for number in (float("nan"), float("inf"), -float("inf")):
             value = torch.zeros_like(largest)
             value.view(-1)[place] = number
-            assert not _all_finite(value)
+            assert not all_finite(value)
 
 
 def test_a_shard_name_that_leads_out_of_the_model_is_not_followed(copied: Path) -> None:
