@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from servers.executor import Busy, Executor, Expired
-from servers.span import Span
+from servers.span import PREFIX, Span
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Encoded, Incoming
@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 FORWARD_PRIORITY, BACKWARD_PRIORITY = 1, 0
 """Backwards go first: they end work that others wait for, and free memory."""
+
+
+def one_line(detail: str) -> str:
+    """What a fault or a log line can hold, whatever a peer or a library has put into it."""
+    return "".join(character if character.isprintable() else " " for character in detail)
 
 
 class CallHandler:
@@ -52,18 +57,18 @@ class CallHandler:
             self.refused += reply.kind == "fault"
             return encode(reply)
         except WireError as error:
-            fault = Fault(FaultCode.BAD_REQUEST, str(error))
+            fault = Fault(FaultCode.BAD_REQUEST, one_line(str(error)))
         except NonFinite as error:
             fault = Fault(FaultCode.NON_FINITE, error.detail, error.block)
         except UsageError as error:
-            fault = Fault(FaultCode.BAD_REQUEST, str(error))
+            fault = Fault(FaultCode.BAD_REQUEST, one_line(str(error)))
         except Busy as error:
             fault = Fault(FaultCode.BUSY, str(error))
         except Expired as error:
             fault = Fault(FaultCode.EXPIRED, str(error))
         except Exception as error:  # a defect of ours, or of the device; the caller can try another server
             logger.exception("a call of %s failed", peer)
-            fault = Fault(FaultCode.INTERNAL, f"{type(error).__name__}: {str(error)[:500]}")
+            fault = Fault(FaultCode.INTERNAL, f"{type(error).__name__}: {one_line(str(error))[:500]}")
         self.refused += 1
         logger.info("refused a call of %s: %s", peer, fault.detail)
         return encode(fault.to_message())
@@ -72,27 +77,34 @@ class CallHandler:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
         if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD, CallKind.INITIAL):
-            return Fault(FaultCode.UNSUPPORTED, f"this server knows no call {message.kind[:40]!r}").to_message()
+            why = f"this server (swarmtune {self._info.version}) knows no call {message.kind[:40]!r}: update the older of the two sides"
+            return Fault(FaultCode.UNSUPPORTED, why).to_message()
         if self.draining:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
         call = InitialCall.from_message(message) if message.kind == CallKind.INITIAL else SpanCall.from_message(message)
         if call.model != self._info.model or not self._info.span.covers(call.span):
             held = f"this server holds blocks {self._info.span} of model {self._info.model}"
             return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
-        if isinstance(call, InitialCall):
-            values = await self._executor.submit(partial(self._span.initial, call), priority=FORWARD_PRIORITY, timeout_s=call.remaining_ms / 1000)
-            return values.to_message()
-        batch, sequence = call.hidden_BTH.shape[:2]
-        if sequence > self._max_sequence or batch * sequence > self._max_tokens:
-            raise WireError(
-                f"this server takes at most {self._max_tokens} tokens and sequences of at most {self._max_sequence}, got {batch} x {sequence}: "
-                "lower micro_batch_tokens or the sequence length, or raise the server's max_tokens and max_sequence"
-            )
+        if isinstance(call, SpanCall):
+            self._check_size(call)
         self.in_flight += 1
         try:
-            return await self._execute(call)
+            if isinstance(call, SpanCall):
+                return await self._execute(call)
+            values = await self._executor.submit(partial(self._span.initial, call), priority=FORWARD_PRIORITY, timeout_s=call.remaining_ms / 1000)
+            return values.to_message()
         finally:
             self.in_flight -= 1
+
+    def _check_size(self, call: SpanCall) -> None:
+        batch, sequence = call.hidden_BTH.shape[:2]
+        prefix = max((kwarg.tensor.shape[-2] for kwarg in call.kwargs if kwarg.name in PREFIX and kwarg.tensor.dim() > 1), default=0)
+        if sequence + prefix > self._max_sequence or batch * sequence > self._max_tokens:
+            raise WireError(
+                f"this server takes at most {self._max_tokens} tokens and sequences of at most {self._max_sequence}, got {batch} x {sequence}"
+                + (f" behind a prefix of {prefix}" if prefix else "")
+                + ": lower micro_batch_tokens or the sequence length, or raise the server's max_tokens and max_sequence"
+            )
 
     async def _execute(self, call: SpanCall) -> Message:
         backward = call.grad_BTH is not None

@@ -5,6 +5,7 @@ The frozen tensors of all programs are the server's own; a program itself holds 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from servers.dropout import SeededDropout, seed_dropouts
 from servers.weights import BlockWeights
 from swarmtune.adapters.injection import Injected, TunerTensor, inject_plain, named_tensors, plain_name, travels, unshare, weightless
-from swarmtune.adapters.tuners import TUNERS, check_over_quantised, kind_over_base
+from swarmtune.adapters.tuners import TUNERS, check_over_quantised, kind_over_base, rebuild
 from swarmtune.errors import KwargError, WireError
 from swarmtune.skeleton import LayerSite, build_skeleton, init_buffers, truncate
 from swarmtune.types import BlockSpan
+from swarmtune.wire.frames import WireLimits
 from swarmtune.wire.messages import AdapterSpec
+from swarmtune.wire.tensors import ALIGNMENT
 
 MAX_PROGRAMS = 64
 MAX_PROGRAM_BYTES = 256 << 20
@@ -96,11 +99,12 @@ class Programs:
             del self._kept[key]
 
     def _build(self, span: BlockSpan, adapter: AdapterSpec | None) -> Program:
+        if adapter is not None:
+            self._check(adapter)
         model = build_skeleton(self._config)
         self._weights.prepare(model, self._site)
         tensors: list[TunerTensor] = []
         if adapter is not None:
-            self._check(adapter)
             injected = self._inject(model, span, adapter)
             model, tensors = injected.model, injected.tensors
         parent = truncate(model, self._site, span.start, span.stop)
@@ -126,6 +130,8 @@ class Programs:
         return Program(parent.eval(), layers, span.start, _places(coming, span, self._site), frozen, dropouts, self._own(parent, span))
 
     def _check(self, adapter: AdapterSpec) -> None:
+        """Refuse what can be refused without a model."""
+        rebuild(adapter, self._site.prefix)
         check_over_quantised(kind_over_base(adapter), self._weights.quantisation, str(self._dtype).removeprefix("torch."))
 
     def _inject(self, model: PreTrainedModel, span: BlockSpan, adapter: AdapterSpec) -> Injected:
@@ -145,20 +151,28 @@ class Programs:
         """First values that PEFT computes from body weights, or the body's own parameters (``param.<name>``).
 
         Raises:
-            KwargError: there is no such value.
+            KwargError: there is no such value, or they are too many for one answer.
             WireError: the configuration or the generator's state does not fit.
         """
         values: dict[tuple[int, str], Tensor] = {}
         if adapter is not None:
+            kind = str(adapter.config.get("peft_type"))
+            if kind in TUNERS and not TUNERS[kind].derived and not adapter.config.get("copied"):
+                raise KwargError(f"no tensor of a {kind} adapter starts from weights of a block")
             values = self._derive(span, adapter, rng)
+        parameters = {block: dict(self._weights.blocks[block].named_parameters()) for block in {block for block, _ in names}}
         found = []
+        left_bytes = WireLimits().message_bytes
         for block, name in names:
             family, _, within = name.partition(".")
-            value = dict(self._weights.blocks[block].named_parameters()).get(within) if family == "param" else values.get((block, name))
+            value = parameters[block].get(within) if family == "param" else values.get((block, name))
             if value is None or (family == "param" and not value.is_floating_point()):
                 raise KwargError(f"block {block} has no value {name!r:.200} to start from")
-            found.append(value.detach().to("cpu"))
-        return found
+            left_bytes -= value.nbytes + ALIGNMENT
+            if left_bytes < 0:
+                raise KwargError(f"the first values that a call asks for have more than {WireLimits().message_bytes} bytes: ask for fewer at once")
+            found.append(value.detach())
+        return [value.to("cpu") for value in found]
 
     def _derive(self, span: BlockSpan, adapter: AdapterSpec, rng: Tensor | None) -> dict[tuple[int, str], Tensor]:
         """Let PEFT make the tuner over the real weights of ``span``."""
@@ -218,6 +232,9 @@ def _share(layer: nn.Module, block: nn.Module, prefix: str) -> dict[str, str]:
     return frozen
 
 
+_TOO_MUCH = "making this adapter would take more memory than a server gives to one: use smaller ranks"
+
+
 class _Counting(TorchDispatchMode):
     """Adds up the bytes of new tensors, and refuses to go on above a limit."""
 
@@ -226,14 +243,27 @@ class _Counting(TorchDispatchMode):
         self._left = limit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._declared_bytes(func, args, kwargs) > self._left:  # before its pages are touched
+            raise WireError(_TOO_MUCH)
+        result = func(*args, **kwargs)
         known = {given.untyped_storage().data_ptr() for given in args if isinstance(given, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage().data_ptr() not in known:
                 self._left -= tensor.untyped_storage().nbytes()
         if self._left < 0:
-            raise WireError("making this adapter would take more memory than a server gives to one: use smaller ranks")
+            raise WireError(_TOO_MUCH)
         return result
+
+    @staticmethod
+    def _declared_bytes(func: Any, args: Any, kwargs: Any) -> int:
+        """What a function that is told a size will allocate."""
+        tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        name, sizes = func.__name__, next((arg for arg in args if isinstance(arg, list | tuple)), ())
+        if (tensor is not None and not name.startswith(("new_", "repeat."))) or not all(isinstance(size, int) for size in sizes):
+            return 0
+        dtype = kwargs.get("dtype") or (torch.get_default_dtype() if tensor is None else tensor.dtype)
+        return math.prod(sizes) * int(dtype.itemsize) * (tensor.numel() if name.startswith("repeat.") and tensor is not None else 1)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ ROW_ARGUMENTS = ("attention_mask", "position_ids")
 FLOAT16_PEAK = 8
 """Power of two to which gradients are scaled before they enter a float16 span; its numbers reach to 2**15."""
 PREFIX = ("prefix.key", "prefix.value")
+MAX_CACHE_BYTES = 4 << 30
+"""Keys and values of one call with prefixes, those of its own tokens included."""
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class Span:
         """
         program = self._program(call)
         bound = self._bind(program, call)
-        with torch.set_grad_enabled(bool(bound.leaves)), _graph_per_block(program):
+        with torch.set_grad_enabled(bool(bound.leaves)), _graph_per_block(program), _blamed_on(call):
             output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype)).detach()
             if not _finite(output_BTH, bound.arguments.get("attention_mask")):
                 self._blame(program, bound, call)
@@ -105,11 +107,11 @@ class Span:
         wanted = [leaf for _, _, leaf in bound.leaves] + ([hidden_BTH] if call.input_grad else [])
         if not wanted:
             return SpanResult(None)
-        with torch.enable_grad():
-            output_BTH = self._run(program, bound, call, hidden_BTH)
         grads: Sequence[Tensor | None] = (None,) * len(wanted)
-        if output_BTH.requires_grad:
-            grads = _grads(output_BTH, wanted, call.grad_BTH.to(self.device))
+        with torch.enable_grad(), _blamed_on(call):
+            output_BTH = self._run(program, bound, call, hidden_BTH)
+            if output_BTH.requires_grad:
+                grads = _grads(output_BTH, wanted, call.grad_BTH.to(self.device))
         filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
         input_grad = filled.pop().to("cpu", call.grad_BTH.dtype) if call.input_grad else None
         return SpanResult(input_grad, _by_kwarg(call, bound, filled))
@@ -190,6 +192,10 @@ class Span:
                 )
             if kwarg.requires_grad:
                 raise KwargError(f"{kwarg.name} has no gradient")
+            if kwarg.name == "position_ids" and leaf.dtype is torch.bool:
+                raise KwargError("position_ids must be numbers")
+            if kwarg.name == "attention_mask":  # not every model's code broadcasts it
+                leaf = leaf.expand(call.hidden_BTH.shape[0], -1)
         bound.arguments[kwarg.name] = leaf
 
     def _bind_block(self, program: Program, call: SpanCall, kwarg: CallKwarg, block: int, leaf: Tensor, bound: Bound) -> None:
@@ -240,7 +246,14 @@ class Span:
 
     def _prefixed(self, program: Program, bound: Bound, hidden_BTH: Tensor) -> dict[str, Any]:
         """A cache that holds the prefixes, and the mask that goes with it."""
-        rows = hidden_BTH.shape[0]
+        rows, sequence = hidden_BTH.shape[:2]
+        keys = [pair[PREFIX[0]] for pair in bound.prefixes.values()]
+        cache_bytes = sum(2 * rows * key.shape[-3] * (key.shape[-2] + sequence) * key.shape[-1] * self.dtype.itemsize for key in keys)
+        if cache_bytes > MAX_CACHE_BYTES:
+            raise KwargError(
+                f"the keys and values of this call with its prefix would have {cache_bytes} bytes, over the limit of {MAX_CACHE_BYTES}: "
+                "use a shorter prefix or lower micro_batch_tokens"
+            )
         pairs = []
         for _, pair in sorted(bound.prefixes.items()):
             tensors = (pair[name].to(self.dtype) for name in PREFIX)
@@ -364,6 +377,8 @@ def _check_prefix(call: SpanCall, kwarg: CallKwarg) -> None:
         raise KwargError(
             f"{kwarg.name} must be floating-point ([batch,] key heads, tokens, head width), got {kwarg.tensor.dtype} {tuple(kwarg.tensor.shape)}"
         )
+    if batched and kwarg.tensor.shape[0] != call.hidden_BTH.shape[0]:
+        raise KwargError(f"{kwarg.name} has {kwarg.tensor.shape[0]} rows, the call has {call.hidden_BTH.shape[0]}")
 
 
 def _check_prompt(call: SpanCall, kwarg: CallKwarg) -> None:
@@ -378,6 +393,28 @@ def _check_prompt(call: SpanCall, kwarg: CallKwarg) -> None:
         or (batched and kwarg.tensor.shape[0] != batch)
     ):
         raise KwargError(f"a prompt must have shape ([batch,] tokens, hidden) with at most {sequence} tokens, got {tuple(kwarg.tensor.shape)}")
+
+
+@contextmanager
+def _blamed_on(call: SpanCall) -> Iterator[None]:
+    """What the libraries cannot compute is the fault of a tuner, a prefix or an argument that the call brings; a failing device is not.
+
+    Raises:
+        NonFinite: one of the call's tensors is not finite, so it may be that.
+        KwargError: with the library's own words.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        checked = ("prompt", *ROW_ARGUMENTS)  # and what stands in for parameters; the rest only the library can judge
+        plain = call.adapter is None and all(kwarg.name in checked or kwarg.name.startswith("param.") for kwarg in call.kwargs)
+        detail = (str(error) or type(error).__name__).splitlines()[0][:300]
+        if plain or isinstance(error, torch.AcceleratorError) or any(word in str(error).lower() for word in ("cuda", "cublas", "memory")):
+            raise
+        for kwarg in call.kwargs:
+            if kwarg.tensor.is_floating_point() and not bool(torch.isfinite(kwarg.tensor).all()):
+                raise NonFinite(f"kwarg {kwarg.name} for blocks {kwarg.blocks} holds NaN or infinity", kwarg.blocks.start) from error
+        raise KwargError(f"blocks {call.span} cannot be computed with what the call brings: {detail}") from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.tuners import TUNERS, kind_of, rebuild, resolve
+from swarmtune.adapters.tuners import MAX_COUNT, TUNERS, kind_of, rebuild, resolve
 from swarmtune.errors import AdapterUnsupported, WireError
 from swarmtune.skeleton import Head, LayerSite, build_skeleton, find_layers, in_dtype
 from swarmtune.wire.messages import AdapterSpec
@@ -118,7 +118,7 @@ def inject(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             injected: PeftModel = get_peft_model(model, copy.deepcopy(config), adapter_name=ADAPTER_NAME)  # type: ignore[assignment]
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError, ImportError, re.error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, ImportError, ArithmeticError, re.error) as error:
         raise AdapterUnsupported(_why_not(model, config, error)) from error
     return injected
 
@@ -254,7 +254,7 @@ def inject_plain(model: PreTrainedModel, spec: AdapterSpec, site: LayerSite, blo
     if "suffixes" in spec.config:
         _check_targets(base, site, spec)
     if "ranks" in spec.config:
-        _resize(base, site, spec.config["ranks"])
+        _resize(base, site, spec, blocks)
     return Injected(base.eval().requires_grad_(False), tuner_tensors(base, site, plain))
 
 
@@ -267,14 +267,19 @@ def _check_targets(model: PreTrainedModel, site: LayerSite, spec: AdapterSpec) -
         raise WireError("the ends of an adapter's module names lead to other modules than it lists")
 
 
-def _resize(model: PreTrainedModel, site: LayerSite, ranks: object) -> None:
+def _resize(model: PreTrainedModel, site: LayerSite, spec: AdapterSpec, blocks: range | None) -> None:
     """Give AdaLoRA's modules the ranks that training has left them."""
-    if not isinstance(ranks, dict) or not all(type(rank) is int and 0 <= rank <= 1 << 14 for rank in ranks.values()):
-        raise WireError("ranks of an adapter configuration must be small integers by module")
+    ranks = spec.config["ranks"]
+    if (
+        not isinstance(ranks, dict)
+        or not set(ranks) <= set(spec.config["modules"])
+        or not all(type(rank) is int and 0 <= rank <= MAX_COUNT for rank in ranks.values())
+    ):
+        raise WireError(f"ranks of an adapter configuration must be integers from 0 to {MAX_COUNT} by module")
     for name, rank in ranks.items():
+        if blocks is not None and int(name.partition(".")[0]) not in blocks:
+            continue
         module: Any = model.get_submodule(site.prefix + name)
-        if not hasattr(module, "lora_E"):
-            continue  # of a block that is not asked for
         rows, columns = module.lora_A[ADAPTER_NAME].shape[1], module.lora_B[ADAPTER_NAME].shape[0]
         for holder, shape in ((module.lora_A, (rank, rows)), (module.lora_E, (rank, 1)), (module.lora_B, (columns, rank))):
             holder[ADAPTER_NAME] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)

@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,19 @@ MAX_PROMPT_TOKENS = 1 << 14
 _MODULE_NAME = re.compile(r"\d{1,6}\.[A-Za-z0-9_.]{1,256}")
 _SUFFIX = re.compile(r"[A-Za-z0-9_.]{1,128}")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,32}")
+
+
+class _Name(str):
+    """A full module name where PEFT takes a pattern. It is found by equality; as a pattern it matches nothing, and so costs nothing.
+
+    PEFT formats each into a regular expression of its own, and hundreds of these, compiled again for each module, take minutes.
+    """
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        """As a part of a pattern."""
+        return "(?!)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ class Tuner:
         integers: integer tensors travel too; others are computed where a tuner is materialised.
         mixes_rows: what it computes for one row of a batch depends on the others, so a batch cannot be cut into micro-batches.
         trains: whether training it through a swarm is what training it locally is; ``why`` says why not.
+        bounds: largest values of counts that each cost a pass of a loop or a copy of a matrix; of others it is ``MAX_COUNT``.
     """
 
     fields: tuple[str, ...] = ()
@@ -66,6 +81,7 @@ class Tuner:
     mixes_rows: bool = False
     trains: bool = True
     why: str = ""
+    bounds: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 _FAN = "fan_in_fan_out"
@@ -93,9 +109,9 @@ TUNERS: Mapping[str, Tuner] = {
     "DELORA": Tuner(("r", "delora_lambda"), ("rank_pattern", "lambda_pattern"), dropout="module_dropout", derived=("delora_w_norm",)),
     "FOURIERFT": Tuner(("n_frequency", "scaling", "random_loc_seed", _FAN), ("n_frequency_pattern",), materialised=True),
     "GLORA": Tuner(("r", "config_A_B", "config_C", "config_D_E")),
-    "GRALORA": Tuner(("r", "hybrid_r", "alpha", "gralora_k", _FAN), dropout="gralora_dropout"),
+    "GRALORA": Tuner(("r", "hybrid_r", "alpha", "gralora_k", _FAN), dropout="gralora_dropout", bounds={"gralora_k": 64}),
     "HIRA": Tuner(("r", _FAN), ("rank_pattern",), dropout="hira_dropout"),
-    "HRA": Tuner(("r", "apply_GS")),
+    "HRA": Tuner(("r", "apply_GS"), bounds={"r": 256}),
     "IA3": Tuner((_FAN,), local=("init_ia3_weights", "feedforward_modules")),
     "LILY": Tuner(
         ("r", "stride_A", "num_B", "scaling"),
@@ -119,8 +135,9 @@ TUNERS: Mapping[str, Tuner] = {
         unseedable=("module_dropout",),
         fixed={"coft": (False, "its layers change their own parameters in the forward pass, which no server may do")},
         materialised=True,
+        bounds={"num_cayley_neumann_terms": 64},
     ),
-    "PEANUT": Tuner(("r", "depth", "act_fn", "scaling")),
+    "PEANUT": Tuner(("r", "depth", "act_fn", "scaling"), bounds={"depth": 64}),
     "PSOFT": Tuner(
         (
             *("r", "psoft_alpha", "ab_svd_init", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed", "psoft_orth", "psoft_mag_b", "psoft_mag_a"),
@@ -129,6 +146,7 @@ TUNERS: Mapping[str, Tuner] = {
         dropout="psoft_dropout",
         derived=("_psoft_A_cache", "_psoft_B_cache"),
         integers=True,
+        bounds={"num_cayley_neumann_terms": 64, "psoft_svd_lowrank_niter": 64},
     ),
     "PVERA": Tuner(
         ("r", _FAN),
@@ -190,6 +208,10 @@ TUNERS: Mapping[str, Tuner] = {
     ),
 }
 """PEFT types whose tensors lie in modules, with what a server must know of them; tests/corridor/test_adapters.py holds each against PEFT."""
+
+SPEC_FIELDS = ("peft_type", "modules", "fields", "patterns", "copied")
+"""What the configuration of every type may hold."""
+_EXTRA: Mapping[str, tuple[str, ...]] = {"ADALORA": ("ranks",), "IA3": ("feedforward",), "LILY": ("suffixes",)}
 
 PROMPT_LEARNING: Mapping[str, str] = {
     "PROMPT_TUNING": "virtual tokens before the text",
@@ -376,12 +398,13 @@ def rebuild(spec: AdapterSpec, prefix: str, only: range | None = None) -> PeftCo
     kind, modules = spec.config.get("peft_type"), spec.config.get("modules")
     if not isinstance(kind, str) or kind not in TUNERS:
         raise WireError(f"adapters of type {str(kind)[:40]!r} are not supported by this server: it knows {', '.join(sorted(TUNERS))}")
-    if unknown := set(spec.config) - {"peft_type", "modules", "fields", "patterns", "feedforward", "copied", "ranks", "suffixes"}:
+    if unknown := set(spec.config) - {*SPEC_FIELDS, *_EXTRA.get(kind, ())}:
         raise WireError(f"an adapter configuration holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
     copied = _names(spec.config.get("copied", []))
     names = _names(modules)
     if not names and not copied:
         raise WireError("an adapter configuration must name its modules")
+    _check_apart(names, copied)
     tuner, schema = TUNERS[kind], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     allowed = {*tuner.fields, *((tuner.dropout,) if tuner.dropout else ())}
     fields, patterns = spec.config.get("fields"), spec.config.get("patterns")
@@ -390,13 +413,13 @@ def rebuild(spec: AdapterSpec, prefix: str, only: range | None = None) -> PeftCo
     if unknown := set(fields) - allowed:
         raise WireError(f"an adapter configuration holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
     hints = typing.get_type_hints(schema)
-    given = {name: _checked(name, value, hints[name]) for name, value in fields.items()}
+    given = {name: _checked(name, value, hints[name], tuner.bounds.get(name, MAX_COUNT)) for name, value in fields.items()}
     for field, values in patterns.items():
         given[field] = _checked_pattern(field, values, names, prefix, only)
     kept = [name for name in names if only is None or int(name.partition(".")[0]) in only]
     given["target_modules"] = [prefix + name for name in kept]
     if copied:
-        given["modules_to_save"] = [prefix + name for name in copied if only is None or int(name.partition(".")[0]) in only]
+        given["modules_to_save"] = [_Name(prefix + name) for name in copied if only is None or int(name.partition(".")[0]) in only]
     if schema is IA3Config:
         given["feedforward_modules"] = [prefix + name for name in _names(spec.config.get("feedforward", [])) if name in set(kept)]
     if schema is AdaLoraConfig:
@@ -411,8 +434,10 @@ def rebuild(spec: AdapterSpec, prefix: str, only: range | None = None) -> PeftCo
             raise WireError("LILY needs the ends of its modules' names, up to 64 of letters, digits, dots and underscores")
         given["target_modules"] = suffixes
     try:
-        return schema(**given)
-    except (TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice is for whoever wrote the configuration
+            return schema(**given)
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise WireError(f"PEFT refuses the adapter configuration: {str(error)[:200]}") from error
 
 
@@ -433,17 +458,28 @@ def _checked_pattern(field: str, values: object, names: Sequence[str], prefix: s
     for value in values.values():
         if type(value) not in (int, float) or not abs(value) <= MAX_COUNT or ("alpha" not in field and "lambda" not in field and value < 1):
             raise WireError(f"{field} holds {value!r:.40}, expected numbers up to {MAX_COUNT}")
-    return {re.escape(prefix + name): value for name, value in values.items() if only is None or int(name.partition(".")[0]) in only}
+    return {_Name(prefix + name): value for name, value in values.items() if only is None or int(name.partition(".")[0]) in only}
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
+def _check_apart(names: Sequence[str], copied: Sequence[str]) -> None:
+    """PEFT targets nothing inside of what it copies whole."""
+    whole = set(copied)
+    for name in names:
+        parts = name.split(".")
+        if any(".".join(parts[:count]) in whole for count in range(2, len(parts) + 1)):
+            raise WireError(f"module {name} of an adapter configuration lies in one that is copied whole")
+
+
+def _checked(name: str, value: Any, hint: Any, limit: int) -> Any:
     """A field's value, when its type fits the field and its size is bounded."""
     kinds = _scalar_types(hint)
+    if int in kinds and ("alpha" in name or "scal" in name):
+        kinds.add(float)  # PEFT says that they are whole, and computes with any number
     if type(value) not in kinds and not (type(value) is int and float in kinds):
         raise WireError(f"{name} of an adapter configuration must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, got {value!r:.60}")
     seed = "seed" in name
-    if type(value) is int and not (abs(value) < 1 << 63 if seed else -1 <= value <= MAX_COUNT):
-        raise WireError(f"{name} of an adapter configuration must be at most {MAX_COUNT}, got {value!r:.60}")
+    if type(value) is int and not (abs(value) < 1 << 63 if seed else -1 <= value <= limit):
+        raise WireError(f"{name} of an adapter configuration must be at most {limit}, got {value!r:.60}")
     if type(value) is float and not (math.isfinite(value) and abs(value) <= 1e6):
         raise WireError(f"{name} of an adapter configuration must be a number of at most 1e6, got {value!r:.60}")
     if type(value) is str and not _WORD.fullmatch(value):

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSIONS = (1,)
 FEATURES: tuple[str, ...] = ()
+"""What a side may do on a stream only when the other has named it too. Call kinds and fields are none of these: a server answers one that it does not
+know with a fault, and another server of the swarm may know it."""
 HANDSHAKE_TIMEOUT_S = 10.0
 PING_EVERY_S = 2.0
 PONG_EVERY_S = 1.0
@@ -51,7 +53,14 @@ def agree(hello: dict[str, Any]) -> tuple[int, frozenset[str]]:
 
 
 class Connection:
-    """Requests and answers over one reader and writer."""
+    """Requests and answers over one reader and writer.
+
+    Attributes:
+        peer: who is at the other end.
+        version: of the protocol, agreed with the peer; 0 before the handshake.
+        features: which both sides have named.
+        closed: set when the stream has ended.
+    """
 
     def __init__(
         self,
@@ -83,6 +92,7 @@ class Connection:
         self._dropping: set[int] = set()
         self._refusing: set[asyncio.Task[None]] = set()
         self._failure: TransportError | None = None
+        self.version, self.features = 0, frozenset[str]()
         self.closed = asyncio.Event()
 
     @property
@@ -111,7 +121,7 @@ class Connection:
                     raise WireError(f"the peer refused: {_printable(payload)}")
                 if prefix.kind is not FrameKind.HELLO:
                     raise WireError("the peer did not begin with a hello")
-                agree(parse_json(payload))
+                self.version, self.features = agree(parse_json(payload))
         except (WireError, OSError, EOFError) as error:
             detail = "it ended the stream" if isinstance(error, EOFError) else str(error) or "no handshake in time"
             if isinstance(error, WireError):

@@ -70,7 +70,7 @@ class InitialCall:
         """
         fields, tensors = message.fields, dict(message.tensors)
         if unknown := set(fields) - _INITIAL_FIELDS:
-            raise WireError(f"a call holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
+            raise WireError(f"a call holds a field that this server does not know, update the older of the two sides: {sorted(unknown)[0]!r:.80}")
         rng = tensors.pop("rng", None)
         if tensors or (rng is not None and (str(rng.dtype) != "torch.uint8" or rng.dim() != 1 or rng.numel() > MAX_RNG_BYTES)):
             raise WireError("a call for first values may bring the state of a random generator, and nothing else")
@@ -78,6 +78,8 @@ class InitialCall:
         if not isinstance(names, list) or not 0 < len(names) <= MAX_INITIAL or not all(isinstance(name, list) and len(name) == 2 for name in names):
             raise WireError(f"a call for first values must name 1 to {MAX_INITIAL} of them as [block, name]")
         checked = tuple((integer(block, "a block", span.start, span.stop - 1), text(name, "a value's name", 512)) for block, name in names)
+        if len(set(checked)) != len(checked):
+            raise WireError("a call for first values must name each of them once")
         adapter = fields.get("adapter")
         return cls(
             span=span,
@@ -107,7 +109,7 @@ class InitialResult:
             WireError: not exactly one finite tensor for each name.
         """
         tensors = dict(message.tensors)
-        if message.kind != "values" or message.fields or set(tensors) != {f"v{index}" for index in range(len(call.names))}:
+        if message.kind != "values" or set(tensors) != {f"v{index}" for index in range(len(call.names))}:
             raise WireError("expected one value for each name")
         values = tuple(tensors[f"v{index}"] for index in range(len(call.names)))
         for (block, name), value, shape in zip(call.names, values, call.shapes, strict=True):

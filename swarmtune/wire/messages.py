@@ -133,7 +133,7 @@ class DropoutSeed:
 
     Attributes:
         seed: of the body call, from 0 to 2**63 - 1.
-        first_row: number of the micro-batch's first row in the batch.
+        first_row: number of the micro-batch's first row in the batch, from 0 to 2**32 - 1.
     """
 
     seed: int
@@ -148,7 +148,7 @@ class DropoutSeed:
         """Check a peer's."""
         if not isinstance(item, list) or len(item) != 2:
             raise WireError("dropout must be [seed, first_row]")
-        return cls(integer(item[0], "a dropout seed", 0, (1 << 63) - 1), integer(item[1], "a first row"))
+        return cls(integer(item[0], "a dropout seed", 0, (1 << 63) - 1), integer(item[1], "a first row", 0, (1 << 32) - 1))
 
 
 def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) -> int:
@@ -224,7 +224,7 @@ class SpanCall:
         """
         fields, tensors = message.fields, dict(message.tensors)
         if unknown := set(fields) - _CALL_FIELDS:  # to ignore what a newer client asks for would be silently wrong
-            raise WireError(f"a call holds a field that this server does not know: {sorted(unknown)[0]!r:.80}")
+            raise WireError(f"a call holds a field that this server does not know, update the older of the two sides: {sorted(unknown)[0]!r:.80}")
         hidden = tensors.pop("hidden", None)
         if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point() or 0 in hidden.shape:
             raise WireError("a call needs a floating-point tensor 'hidden' of shape (batch, sequence, hidden)")

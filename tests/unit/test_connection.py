@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -428,6 +430,94 @@ def test_an_unknown_protocol_version_is_refused_in_one_sentence_on_both_sides() 
         for sentence in await refused(dump_json({"versions": [2, 3], "features": []})):
             assert "speaks protocol versions [2, 3], this side speaks [1]: update the older of the two" in sentence
             assert "\n" not in sentence
+
+    run(main())
+
+
+def another_build(versions: tuple[int, ...], features: tuple[str, ...] = ()) -> ModuleType:
+    """A second copy of the module under test: the other end of a stream between two versions of swarmtune."""
+    spec = importlib.util.spec_from_file_location("swarmtune.transport.another_connection", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    vars(build).update(PROTOCOL_VERSIONS=versions, FEATURES=features)
+    return build
+
+
+async def meet(client: ModuleType, server: ModuleType) -> list[Connection | BaseException]:
+    """A client and a server of two builds shake hands: each one's connection, or why it has none. Where both have one, a call goes through."""
+    one, other = await streams()
+    ends = [client.Connection(*one, peer="server"), server.Connection(*other, peer="client", handler=echo)]
+    outcomes = await asyncio.gather(*(end.open() for end in ends), return_exceptions=True)
+    if not any(isinstance(outcome, BaseException) for outcome in outcomes):
+        assert decode(await ends[0].request(SMALL, 5)).fields == {"n": 1}
+    for end in ends:
+        assert end.closed.is_set() == any(isinstance(outcome, BaseException) for outcome in outcomes)
+        await end.close()
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("client", "server"),
+    [((1,), (2,)), ((2,), (1,)), ((1, 2), (3,)), ((3, 4), (1, 2))],
+    ids=["older client", "newer client", "far server", "far client"],
+)
+def test_two_builds_without_a_common_version_each_say_so_in_one_sentence(client: tuple[int, ...], server: tuple[int, ...]) -> None:
+    async def main() -> None:
+        outcomes = await meet(another_build(client), another_build(server))
+        for outcome, peer, ours, theirs in zip(outcomes, ("server", "client"), (client, server), (server, client), strict=True):
+            assert type(outcome) is TransportError
+            assert str(outcome) == (
+                f"no connection to peer {peer}: the peer speaks protocol versions {list(theirs)}, this side speaks {list(ours)}: "
+                "update the older of the two"
+            )
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "agreed"),
+    [((1,), (1,), 1), ((1,), (1, 2), 1), ((1, 2), (1,), 1), ((1, 2), (2, 3), 2), ((3, 2, 1), (1, 2), 2)],
+    ids=["one build", "newer server", "newer client", "overlap", "any order"],
+)
+def test_two_builds_with_a_common_version_use_the_largest(client: tuple[int, ...], server: tuple[int, ...], agreed: int) -> None:
+    async def main() -> None:
+        for end in await meet(another_build(client), another_build(server)):
+            assert getattr(end, "version", end) == agreed
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "both"),
+    [((), ("teleport",), set()), (("teleport",), (), set()), (("teleport", "zip"), ("zip", "sing"), {"zip"}), (("zip",), ("zip",), {"zip"})],
+    ids=["newer server", "newer client", "some", "all"],
+)
+def test_features_that_one_side_does_not_know_are_ignored(client: tuple[str, ...], server: tuple[str, ...], both: set[str]) -> None:
+    async def main() -> None:
+        for end in await meet(another_build((1,), client), another_build((1,), server)):
+            assert getattr(end, "features", end) == both
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "more", [{"mood": "good"}, {"versions": [1, 99], "features": ["x"], "limits": {"bytes": 1}}, {"features": [None, 1, {}, "x" * 1000]}], ids=str
+)
+def test_keys_of_a_hello_that_nobody_knows_are_ignored(more: dict[str, Any]) -> None:
+    async def main() -> None:
+        one, other = await streams()
+        raw = Raw(*other)
+        raw.send(FrameKind.HELLO, dump_json({"versions": [1], "features": [], **more}))
+        ours = Connection(*one, peer="raw", handler=echo)
+        await ours.open()
+        assert (ours.version, ours.features) == (1, frozenset())
+        assert (await raw.read())[0].kind is FrameKind.HELLO
+        raw.send_message(SMALL, 1)
+        assert (await raw.read())[0].kind is FrameKind.REPLY
+        await ours.close()
+        raw.writer.close()
 
     run(main())
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import hashlib
 import inspect
 import re
 import socket
 import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +22,10 @@ import pytest
 import torch
 from hivemind.dht.routing import DHTID
 
-from servers import announce, executor
+from servers import announce, executor, program, span
+from servers.dropout import DropoutPlan, keep_mask, site_keys
 from swarmtune.adapters import tuners
+from swarmtune.adapters.tuners import TUNERS
 from swarmtune.discovery import dht, records
 from swarmtune.discovery.identity import Identity
 from swarmtune.discovery.records import Announcement
@@ -31,18 +35,19 @@ from swarmtune.skeleton import VOLATILE_KEYS
 from swarmtune.transport import connection, hivemind
 from swarmtune.transport.connection import Connection
 from swarmtune.types import AXES, BlockSpan
-from swarmtune.wire import codec, frames, messages, tensors
+from swarmtune.wire import codec, frames, initial, messages, tensors
 from swarmtune.wire.codec import decode, encode
 from swarmtune.wire.frames import PREFIX, TRAILER, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json
+from swarmtune.wire.initial import InitialResult
 from swarmtune.wire.messages import AdapterSpec, CallKind, CallKwarg, Fault, FaultCode, ServerInfo, SpanCall, SpanResult
 from swarmtune.wire.tensors import WireDtype
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 MODULES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (frames, tensors, codec, messages, connection, hivemind, records, announce, executor, route)
+    for module in (frames, tensors, codec, messages, initial, tuners, connection, hivemind, records, announce, executor, program, span, route)
 }
-COMPLETE = (frames, tensors, codec, messages, records)
+COMPLETE = (frames, tensors, codec, messages, initial, records, program)
 """Every number that one of these modules names stands in the document."""
 
 MODEL = "0123456789abcdef"
@@ -54,14 +59,14 @@ CALL = SpanCall(
     kwargs=(CallKwarg("attention_mask", torch.tensor([[1, 1]]), {"batch": 0, "sequence": 1}, BlockSpan(2, 4), False),),
     remaining_ms=60_000,
 )
+TARGETS = ["0.self_attention.query_key_value", "1.self_attention.query_key_value"]
 ADAPTER = {
-    "alphas": [16.0, 16.0],
-    "fan_in_fan_out": False,
-    "modules": ["transformer.h.0.self_attention.query_key_value", "transformer.h.1.self_attention.query_key_value"],
+    "fields": {"fan_in_fan_out": False, "lora_alpha": 16, "lora_bias": False, "lora_dropout": 0.5, "r": 8, "use_dora": False, "use_rslora": False},
+    "modules": TARGETS,
+    "patterns": {"alpha_pattern": {}, "rank_pattern": {TARGETS[1]: 4}},
     "peft_type": "LORA",
-    "ranks": [8, 8],
-    "rslora": False,
 }
+SITE = "self_attention.query_key_value.lora_dropout.default"
 
 
 def section(title: str) -> str:
@@ -188,6 +193,61 @@ def _note(prefix: Prefix, payload: bytes) -> str:
     return ""
 
 
+def kept_LF() -> torch.Tensor:
+    """Two lines of sixteen features of the example's mask."""
+    return keep_mask(site_keys(DropoutPlan(7, 2), 3, SITE, 0, 1), 2, 16, 0.5, torch.device("cpu"))
+
+
+def kept_by_the_text(line: int, feature: int, p: float) -> bool:
+    """Whether an element of the example is kept, by the steps of the document and nothing of ours."""
+
+    def mix(word: int) -> int:
+        word ^= word >> 16
+        word = word * 0x7FEB352D % 2**32
+        word ^= word >> 15
+        word = word * 0x846CA68B % 2**32
+        return word ^ word >> 16
+
+    def words(text: bytes) -> tuple[int, ...]:
+        return struct.unpack("<4I", hashlib.blake2b(text, digest_size=16, person=b"swarmtune/drop/1").digest())
+
+    message = struct.pack("<3Q", 7, 3, 0) + SITE.encode()
+    k = words(message + b"\0" + struct.pack("<Q", 2))
+    a, b = mix(mix((line + k[0]) % 2**32) ^ k[2]), mix(mix((line + k[1]) % 2**32) ^ k[3])
+    h = a ^ mix((feature + words(message)[0]) % 2**32)
+    h ^= h >> 16
+    h = (h * 0x7FEB352D + b) % 2**32
+    h ^= h >> 15
+    h = h * 0x846CA68B % 2**32
+    return h ^ 0x80000000 >= round(p * 2**32)
+
+
+def tuner_rows() -> list[str]:
+    """The table of adapter types, a line each."""
+
+    def cell(*parts: str) -> str:
+        return " " + "; ".join(part for part in parts if part) + " |" if any(parts) else " |"
+
+    def quoted(names: Iterable[str], bounds: Mapping[str, int] | None = None) -> str:
+        return ", ".join(f"`{name}`" + (f" (to {bounds[name]})" if bounds and name in bounds else "") for name in names)
+
+    found = []
+    for kind, tuner in sorted(TUNERS.items()):
+        if kind == "TRAINABLE_TOKENS":
+            continue
+        made = ("indices of all blocks" if tuner.joint else "indices") if tuner.materialised else ""
+        made += "".join(f", `{name}`" for name in tuner.computed)
+        found.append(
+            f"| {kind} |"
+            + cell(quoted(tuner.fields, tuner.bounds))
+            + cell(quoted(tuner.patterns))
+            + cell(quoted((tuner.dropout,)) if tuner.dropout else "")
+            + cell(made, "integers travel" if tuner.integers else "")
+            + cell(quoted(tuner.derived), "with `rng`" if tuner.draws else "")
+        )
+    return found
+
+
 def vectors() -> str:
     """Values to test another implementation with."""
     identity = Identity.from_bytes(bytes.fromhex("08011240") + bytes(range(32)) + bytes(32))
@@ -204,9 +264,12 @@ def vectors() -> str:
             "record        signature, then the JSON",
             "  signature   " + sealed[:64].hex(),
             *("  " + sealed[64:].decode()[start : start + 140] for start in range(0, len(sealed) - 64, 140)),
-            "adapter       LoRA of rank 8 on two modules",
+            "adapter       LoRA of rank 8 and 4 on two modules",
             *("  " + dump_json(ADAPTER).decode()[start : start + 140] for start in range(0, len(dump_json(ADAPTER)), 140)),
             "  digest      " + AdapterSpec.of(ADAPTER).digest,
+            f"dropout       seed 7, block 3, call 0, row 2, site {SITE}",
+            "  s, k0...k3  " + " ".join(f"{key & 0xFFFFFFFF:08x}" for key in site_keys(DropoutPlan(7, 2), 3, SITE, 0, 1)),
+            *(f"  line {line}, p=0.5, features 0 to 15: " + " ".join(str(int(kept)) for kept in row) for line, row in enumerate(kept_LF())),
             "",
         ]
     )
@@ -285,20 +348,33 @@ def test_the_description_of_a_server_has_the_fields_of_the_code() -> None:
     assert column("info") == [field.name for field in fields(ServerInfo)] == list(INFO.to_json())
 
 
-@pytest.mark.parametrize("kind", sorted(tuners._FIELDS))
-def test_the_adapter_configurations_have_the_fields_of_the_code(kind: str) -> None:
-    stated = {row[0] for row in tables("Adapter configurations")[0] if row[1] in ("both", kind)}
-    assert stated == tuners._FIELDS[kind]
-    assert set(column("Adapter configurations", index=1)) == {"both", *tuners._FIELDS}
-    assert f"from 1 to {tuners.MAX_RANK}" in section("Adapter configurations")
-    assert f"1 to {tuners.MAX_MODULES} names" in section("Adapter configurations")
+def test_the_fields_of_a_call_for_first_values_are_those_of_the_code() -> None:
+    assert set(column("initial")) == initial._INITIAL_FIELDS
+    assert {str(CallKind.INITIAL): InitialResult(()).to_message().kind}.items() <= {row[0]: row[1] for row in tables("Calls and replies")[0]}.items()
+
+
+def test_the_adapter_configurations_have_the_fields_of_the_code() -> None:
+    rows = tables("Adapter configurations")[0]
+    assert {row[0] for row in rows if row[1] == "all"} == set(tuners.SPEC_FIELDS)
+    assert {row[1]: (row[0],) for row in rows if row[1] != "all"} == tuners._EXTRA
+
+
+def test_the_adapter_types_are_those_of_the_code() -> None:
+    stated = [line for line in section("Adapter configurations").splitlines() if re.match(r"\| [A-Z]", line)]
+    assert stated == tuner_rows()
 
 
 def test_the_example_adapter_is_one_that_a_server_takes() -> None:
-    assert list(ADAPTER) == sorted(tuners._FIELDS["LORA"])
-    tuners.rebuild(AdapterSpec.of(ADAPTER))
+    tuners.rebuild(AdapterSpec.of(ADAPTER), "transformer.h.")
     with pytest.raises(WireError):
-        tuners.rebuild(AdapterSpec.of({**ADAPTER, "more": 1}))
+        tuners.rebuild(AdapterSpec.of({**ADAPTER, "more": 1}), "transformer.h.")
+
+
+def test_the_example_mask_follows_from_the_steps_that_the_document_gives() -> None:
+    by_the_text = [[kept_by_the_text(line, feature, 0.5) for feature in range(16)] for line in range(2)]
+    assert kept_LF().tolist() == by_the_text
+    for word in ("0x7feb352d", "0x846ca68b", "`swarmtune/drop/1`", f"`{SITE}`"):
+        assert word in section("Dropout")
 
 
 def test_names_that_the_document_quotes_are_those_of_the_code() -> None:
@@ -308,9 +384,13 @@ def test_names_that_the_document_quotes_are_those_of_the_code() -> None:
     assert ", ".join(f"`{key}`" for key in sorted(VOLATILE_KEYS)) in flat("Digests")
     assert f"`{dht.dht_key('<model>')}`" in section("DHT record")
     assert f"`{records._ADDRESS.pattern}`" in section("DHT record")
+    assert ", ".join(f"`{name}`" for name in sorted(span.NOT_ARGUMENTS)) in flat("Kwargs")
+    for name in (*span.PREFIX, *span.ROW_ARGUMENTS):
+        assert f"`{name}`" in section("Kwargs")
     assert f"`0x{dht.DICTIONARY_CODE:02x}`" in section("DHT record")
 
 
 if __name__ == "__main__":
     print(annotated(asyncio.run(record())))
     print(vectors())
+    print("\n".join(tuner_rows()))
