@@ -244,11 +244,11 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
     layers = RemoteLayers(body, adapter, site.returns_tuple)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
+    parent.register_forward_hook(layers.unprompt)
     # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.
     model.train = MethodType(_train_learning_parts, model)  # type: ignore[method-assign]
     model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[method-assign]
     model.push_to_hub = MethodType(_refuse_to_save, model)  # type: ignore[method-assign, assignment]
-    model.eval()
     model.body = body
     model.adapter = adapter  # type: ignore[assignment]
     if adapter is not None:
@@ -257,6 +257,7 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
             model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
         if (rule := adapter.regularise()) is not None:
             model.register_forward_hook(lambda module, args, output: rule(output))
+    model.eval()
     model.config.use_cache = False
     if model.generation_config is not None:
         model.generation_config.use_cache = False

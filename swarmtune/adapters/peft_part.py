@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from swarmtune.adapters.injection import (
     travels,
     tuner_tensors,
 )
-from swarmtune.adapters.parts import Initial, check_fit
+from swarmtune.adapters.parts import Initial, check_fit, read_fields
 from swarmtune.adapters.tuners import CACHE_PREFIX, PROMPT_LEARNING, TUNERS, check_supported, kind_of
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.skeleton import LayerSite
@@ -370,9 +371,21 @@ def read_config(directory: Path) -> PeftConfig:
     """The configuration of a PEFT directory.
 
     Raises:
-        AdapterUnsupported: it is none that PEFT knows.
+        UsageError: it cannot be read.
+        AdapterUnsupported: it is none that this PEFT knows whole.
     """
+    path = directory / CONFIG_FILE
+    fields = read_fields(path)
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterUnsupported(f"{path} is not a PEFT configuration: its peft_type is {kind!r:.80}")
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])} | {"runtime_config"}
+    for name, value in fields.items():
+        if name not in known and value not in (None, False, "", [], {}):  # PEFT would leave it out with a warning
+            raise AdapterUnsupported(f"{path} holds {name[:80]!r}, which this version of PEFT does not know: it was made by a newer one")
     try:
-        return PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterUnsupported(f"{directory / CONFIG_FILE} is not a PEFT configuration: {str(error)[:300]}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise AdapterUnsupported(f"{path} is not a PEFT configuration: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error

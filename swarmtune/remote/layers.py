@@ -44,11 +44,12 @@ class RemoteLayers(nn.Module):
         if adapter is None:
             output_BTH = body(hidden_BTH, mask, positions, kwargs=prefix)
         else:
+            if adapter.training:
+                adapter.check_trains()
             seed = int(torch.randint(1 << 62, ())) if adapter.needs_seed else None
             output_BTH = body(
                 hidden_BTH, mask, positions, kwargs=[*adapter.kwargs(), *prefix], adapter=adapter.spec, seed=seed, whole=adapter.mixes_rows
             )
-            output_BTH = output_BTH[:, adapter.prompt_tokens :]
         return (output_BTH,) if self._returns_tuple else output_BTH
 
     def watch(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -77,6 +78,16 @@ class RemoteLayers(nn.Module):
             mask = mask[:, prefix[0].tensor.shape[1] :].to(torch.int64)
         self.given.arguments = (mask, kwargs.get("position_ids"), prefix)
         return (), kwargs
+
+    def unprompt(self, parent: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the library's forward, which may reshape to the length that it began with: take the virtual positions away again."""
+        tokens = self._parts[1].prompt_tokens if self._parts[1] is not None else 0
+        if not tokens:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, tokens:], *output[1:])
+        output["last_hidden_state"] = output["last_hidden_state"][:, tokens:]
+        return output
 
     def _prefix(self, kwargs: dict[str, Any]) -> tuple[Kwarg, ...]:
         """Keys and values that PEFT put into the cache, as kwargs of their blocks.

@@ -57,9 +57,7 @@ class LocalPrompts(nn.Module):
 
         return hook
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> CausalLMOutput:
         rows = len(input_ids)
         body = self.inner.base_model
         embeds = body.get_input_embeddings()(input_ids)
@@ -76,10 +74,6 @@ class LocalPrompts(nn.Module):
 
 def own(model: Any) -> dict[str, nn.Parameter]:
     return dict(model.adapter.named_parameters())
-
-
-def renamed(grads: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: grad for name, grad in grads.items()}
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -133,6 +127,10 @@ def test_packed_sequences_under_deep_prompts_are_refused(models: dict[str, Path]
         model = remote(models["llama"], swarm, DeepPromptConfig(TOKENS))
         with pytest.raises(UsageError, match="packed sequences cannot be used with deep prompts"):
             model(**inputs)
+
+
+def renamed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 PARTS = {"biases": lambda family: "*bias", "norms": NORMS.get, "a whole projection": PROJECTION.get}
@@ -190,11 +188,11 @@ def test_a_trained_head_equals_local_to_the_bit_and_leaves_tied_embeddings_alone
         model = remote(models[family], swarm, HeadConfig())
         assert list(own(model)) == ["head.lm_head.weight"]
         assert torch.equal(local(**batch()).logits, model(**batch()).logits)
-        set_values([trainable(local), own(model)])
+        set_values([renamed(trainable(local), "head."), own(model)])
         expected, found = step(local, batch()), step(model, batch())
-        assert swarm.traffic().calls == 3 * 2, "nothing below the head learns, so nothing is asked to go back"
+        assert swarm.traffic().calls == 2 * 2, "nothing below the head learns, so nothing is asked to go back"
     assert torch.equal(expected[0], found[0])
-    assert [torch.equal(a, b) for a, b in zip(expected[2].values(), found[2].values(), strict=True)] == [True]
+    assert same_bits(renamed(expected[2], "head."), found[2])
     assert torch.equal(model.get_input_embeddings().weight, local.get_input_embeddings().weight)
 
 
@@ -236,7 +234,6 @@ RECIPES: dict[str, Any] = {
     "prefixes and a head": lambda: [PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), HeadConfig()],
     "prompt tuning and biases": lambda: [PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), StandInConfig(["*bias"])],
 }
-FILES = {"LoraConfig": "adapter_model", "PrefixTuningConfig": "adapter_model", "PromptTuningConfig": "adapter_model"}
 
 
 def files_of(recipe: Any) -> set[str]:
@@ -322,9 +319,7 @@ def test_a_directory_with_files_of_the_user_is_not_replaced(bloom: Path, tmp_pat
         ("deep prompts", "lora and deep prompts", r"there is no adapter_model\.safetensors"),
     ],
 )
-def test_a_saved_adapter_of_other_parts_is_refused_and_changes_nothing(
-    bloom: Path, tmp_path: Path, saved: str, wanted: str, sentence: str
-) -> None:
+def test_a_saved_adapter_of_other_parts_is_refused_and_changes_nothing(bloom: Path, tmp_path: Path, saved: str, wanted: str, sentence: str) -> None:
     config = load_config(str(bloom))
     offline_adapter(config, RECIPES[saved](), str(bloom)).save_pretrained(tmp_path / "out")
     model = offline_adapter(config, RECIPES[wanted](), str(bloom))
@@ -366,10 +361,10 @@ REFUSED: Sequence[tuple[Any, str]] = [
     ([PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), DeepPromptConfig(2)], "both add virtual tokens"),
     ([lora("bloom", modules_to_save=["lm_head"]), HeadConfig()], "modules_to_save and HeadConfig both train the head"),
     ([lora("bloom", bias="all"), StandInConfig(["*bias"])], "bias='all' and StandInConfig both train parameters of the blocks"),
-    ([lora("bloom", target_modules=["query_key_value", "lm_head"]), HeadConfig()], "lm_head.* and HeadConfig both train the head"),
+    ([lora("bloom", target_modules=["query_key_value", "lm_head"]), HeadConfig()], "both train the head lm_head"),
     (
         [lora("bloom", modules_to_save=["input_layernorm"]), StandInConfig(["*layernorm*"])],
-        "modules_to_save and StandInConfig both train input_layernorm.weight",
+        "the PEFT configuration and StandInConfig both train transformer.h.0.input_layernorm.weight",
     ),
     (StandInConfig(["no.such.*"]), r"no parameter of a block matches 'no\.such\.\*': a block has .*input_layernorm\.bias"),
     (StandInConfig(["*bias"], layers=[4]), "name block 4, the model has blocks 0:4"),
@@ -445,7 +440,7 @@ def test_bytes_of_a_configuration_that_are_damaged_are_a_usage_error(
     path = saved[kind] / f"{kind}_config.json"
     whole = path.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
-    middle = data.draw(st.binary(max_size=4) | st.just(b"[" * 5000))
+    middle = data.draw(st.binary(max_size=4) | st.just(b"[" * 5000 + b"]" * 5000))
     try:
         path.write_bytes(whole[:place] + middle + whole[place + data.draw(st.integers(0, 40)) :])
         try_to_load(bloom, saved[kind])
