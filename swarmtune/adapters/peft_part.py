@@ -387,5 +387,5 @@ def read_config(directory: Path) -> PeftConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RecursionError) as error:
         raise AdapterUnsupported(f"{path} is not a PEFT configuration: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error
