@@ -117,6 +117,11 @@ class PeftPart:
         """
         if self.kind in TUNERS and self.spec is not None and not TUNERS[self.kind].trains:
             raise AdapterUnsupported(f"adapters of type {self.kind} can be used and not trained through a swarm, because {TUNERS[self.kind].why}")
+        if self.kind == "CPT" and self.config.inference_mode:
+            raise AdapterUnsupported(
+                "a saved adapter of type CPT can be used and not trained further, because PEFT saves the sum of the examples' tokens and their "
+                "changes, and its bounds are those of the changes: start from the configuration again"
+            )
 
     def _make_tuner(self, model: PreTrainedModel, site: LayerSite, initial: Initial | None, saved: Path | None) -> None:
         plain = plain_names(model)
@@ -248,8 +253,13 @@ class PeftPart:
             own = {name: tuple(tensor.shape) for name, tensor in self._to_file({}).items()}
             stored = read_weights(directory)
             check_fit(directory, own, stored)
-            (name,) = self.parameters
-            return {name: stored["prompt_embeddings"]}
+            of_prompts = [name for name in self.parameters if name.startswith("prompt_encoder.")]
+            if of_prompts != [f"prompt_encoder.{ADAPTER_NAME}.embedding.weight"]:
+                raise UsageError(
+                    f"{directory} holds the virtual tokens that were made, not what makes them: load the model with that directory as its adapter"
+                )
+            own_name = f".modules_to_save.{ADAPTER_NAME}"
+            return {name: stored["prompt_embeddings" if name in of_prompts else name.replace(own_name, "")] for name in self.parameters}
         model = self._fresh()
         load_into(model, directory)
         loaded = dict(named_tensors(model))
