@@ -21,8 +21,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from swarmtune import DeepPromptConfig, HeadConfig, StandInConfig
 from swarmtune.adapters import adapter as adapter_module
 from swarmtune.adapters.adapter import offline_adapter, parse
+from swarmtune.adapters.tuners import PROMPT_LEARNING
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.skeleton import load_config
+from tests.corridor.test_adapters import CASES, inputs
 from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
 FAMILIES = ("bloom", "llama", "gpt2")
@@ -263,6 +265,39 @@ def test_what_is_saved_loads_again_as_it_was(bloom: Path, tmp_path: Path, name: 
         assert all(value.grad is not None for value in own(again).values()), "what is loaded goes on learning"
         again.adapter.save_pretrained(tmp_path / "out")
         assert torch.equal(remote(bloom, swarm, tmp_path / "out")(**batch()).logits, logits)  # type: ignore[arg-type]
+
+
+PROMPTS = [name for name, case in CASES.items() if case.kind in PROMPT_LEARNING]
+MADE = {"p-tuning", "multitask prompt tuning", "prefix projection", "cpt", "cartridge"}
+"""What PEFT saves of these is the virtual tokens, not what they are made of."""
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_saved_virtual_tokens_are_taken_over_or_refused_where_an_encoder_made_them(bloom: Path, tmp_path: Path, name: str) -> None:
+    with loopback(bloom) as swarm:
+        model, other = (remote(bloom, swarm, CASES[name].config("bloom")) for _ in range(2))
+        set_values([own(model)])
+        model.adapter.save_pretrained(tmp_path / "out")
+        if name in MADE:
+            with pytest.raises(UsageError, match="holds the virtual tokens that were made, not what makes them"):
+                other.adapter.load_pretrained(tmp_path / "out")
+            return
+        other.adapter.load_pretrained(tmp_path / "out")
+        whole = inputs(CASES[name])
+        assert same_bits(own(model), own(other))
+        assert torch.equal(model(**whole).logits, other(**whole).logits)
+
+
+def test_a_saved_cpt_adapter_can_be_used_and_not_trained_further(bloom: Path, tmp_path: Path) -> None:
+    """PEFT adds the examples' tokens and what was learned up, and bounds only the latter."""
+    with loopback(bloom) as swarm:
+        model = remote(bloom, swarm, CASES["cpt"].config("bloom"))
+        assert torch.isfinite(step(model.train(), inputs(CASES["cpt"]))[1])
+        model.adapter.save_pretrained(tmp_path / "out")
+        again = remote(bloom, swarm, str(tmp_path / "out"))
+        assert torch.equal(model.eval()(**inputs(CASES["cpt"])).logits, again(**inputs(CASES["cpt"])).logits)
+        with pytest.raises(AdapterUnsupported, match="a saved adapter of type CPT can be used and not trained further"):
+            again.train()(**inputs(CASES["cpt"]))
 
 
 def test_the_peft_part_of_a_combination_loads_in_peft(bloom: Path, tmp_path: Path) -> None:
