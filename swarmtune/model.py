@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from swarmtune.adapters.adapter import Adapter, Recipe, make_adapter, parse
 from swarmtune.adapters.injection import HEAD_OF_TASK, weightless
@@ -21,7 +21,7 @@ from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
-from swarmtune.remote.layers import RemoteLayers, through_peft
+from swarmtune.remote.layers import RemoteLayers, through_peft, without_positions
 from swarmtune.skeleton import LayerSite, build_skeleton, check_identity, config_digest, find_layers, hidden_size, init_buffers, load_config
 from swarmtune.weights import Checkpoint, fill
 
@@ -260,6 +260,8 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
         model._modules = {"adapter": adapter, **model._modules}  # parameters of stem and head that learn go by the adapter's names
         if adapter.peft is not None and adapter.peft.wrapped is not None:
             model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
+            if isinstance(model, GenerationMixin):
+                model.prepare_inputs_for_generation = without_positions(model.prepare_inputs_for_generation)  # type: ignore[method-assign]
         if (rule := adapter.regularise()) is not None:
             model.register_forward_hook(lambda module, args, output: rule(output))
     model.eval()

@@ -158,3 +158,17 @@ def through_peft(forward: Callable[..., Any], wrapped: Callable[..., Any]) -> Ca
             inside.now = False
 
     return prepared
+
+
+def without_positions(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's preparation of a call within ``generate``, for one under PEFT's virtual tokens, which leave positions to the library.
+
+    Args:
+        prepare: the model's own.
+    """
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        return {name: value for name, value in prepare(*args, **kwargs).items() if name != "position_ids"}
+
+    return prepared
