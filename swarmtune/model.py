@@ -261,7 +261,7 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
         if adapter.peft is not None and adapter.peft.wrapped is not None:
             model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
             if isinstance(model, GenerationMixin):
-                model.prepare_inputs_for_generation = without_positions(model.prepare_inputs_for_generation)  # type: ignore[method-assign]
+                model.prepare_inputs_for_generation = without_positions(model.prepare_inputs_for_generation)  # type: ignore[method-assign, misc]
         if (rule := adapter.regularise()) is not None:
             model.register_forward_hook(lambda module, args, output: rule(output))
     model.eval()
