@@ -24,8 +24,6 @@ def build(config: Config, swarm: swarmtune.Swarm) -> tuple[LightningModule, Ligh
     data = TextDataModule(path, **to_plain(config.data), seed=config.seed)
 
     adapter = peft_config(config.adapter)
-    if not isinstance(adapter, str):
-        adapter.task_type = "SEQ_CLS"
     model = swarmtune.load_sequence_classifier(path, swarm, adapter=adapter, num_labels=len(data.labels))
     model.config.pad_token_id = data.pad_token  # a row's answer is read at its last token that is another
     model.config.id2label = dict(enumerate(data.labels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,16 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from swarmtune.adapters.adapter import Adapter, head_of, make_adapter, parse, saved_labels
+from swarmtune.adapters.adapter import Adapter, Recipe, head_of, make_adapter, parse, saved_labels
 from swarmtune.adapters.injection import HEAD_OF_TASK, weightless
 from swarmtune.adapters.parts import HeadConfig
 from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
-from swarmtune.errors import UsageError
+from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
-from swarmtune.remote.layers import RemoteLayers, through_peft
+from swarmtune.remote.layers import RemoteLayers, through_peft, without_positions
 from swarmtune.skeleton import (
     Head,
     LayerSite,
@@ -138,7 +139,7 @@ def _load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device must be one that is available here, got {device!r}: {str(error).splitlines()[0][:150]}") from error
-    recipes = parse(_with_task(adapter, head))
+    recipes = _for_task(parse(adapter), head)
     name = os.fspath(model)
     config = load_config(name)
     digest, site = config_digest(config), check_identity(config)
@@ -160,19 +161,24 @@ def _load(
     return loaded
 
 
-def _with_task(adapter: Any, head: Head) -> Any:
-    """The adapter for a model with this head; a classifier's head learns in any case."""
-    items = list(adapter) if isinstance(adapter, list | tuple) else [] if adapter is None else [adapter]
-    if head == "causal_lm":
-        return items
-    found = []
-    for item in items:
-        if isinstance(item, PeftConfig):
-            item = copy.deepcopy(item)
-            item.task_type = TASK_OF_HEAD[head]
-        found.append(item)
-    if not any(isinstance(item, PeftConfig | HeadConfig | str | os.PathLike) for item in items):
-        found.append(HeadConfig())
+def _for_task(recipes: Sequence[Recipe], head: Head) -> list[Recipe]:
+    """The parts for a model with this head; a classifier's head learns in any case.
+
+    Raises:
+        AdapterUnsupported: a part was made for another task, so another head belongs to it or none.
+    """
+    found, task = [], TASK_OF_HEAD[head]
+    for config, saved in recipes:
+        if isinstance(config, PeftConfig):
+            config = copy.deepcopy(config)
+            own = str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
+            if own != task and (saved is not None or head == "causal_lm"):
+                what = f"the adapter in {saved} was trained for" if saved is not None else f"{type(config).__name__} is for"
+                raise AdapterUnsupported(f"{what} {own}, and this model is for {task}: load the model that goes with it")
+            config.task_type = task
+        found.append((config, saved))
+    if head != "causal_lm" and not any(isinstance(config, PeftConfig | HeadConfig) for config, _ in found):
+        found.append((HeadConfig(), None))
     return found
 
 
@@ -191,8 +197,7 @@ def _train_learning_parts(model: PreTrainedModel, mode: bool = True) -> PreTrain
         module.train(mode and module is getattr(model, "adapter", None))
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            for child in module.children():
-                child.train(mode)
+            module.train(mode)
     adapter = getattr(model, "adapter", None)
     if adapter is not None and adapter.peft is not None and adapter.peft.wrapped is not None:
         adapter.peft.wrapped.prompt_encoder.train(mode)
@@ -250,18 +255,21 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
     layers = RemoteLayers(body, adapter, site)
     setattr(parent, site.attribute, nn.ModuleList([layers]))
     parent.register_forward_pre_hook(layers.watch, with_kwargs=True)
+    parent.register_forward_hook(layers.unprompt)
     # The frozen model computes as in eval mode, whatever mode a trainer sets: its blocks on the servers do so too.
     model.train = MethodType(_train_learning_parts, model)  # type: ignore[method-assign]
     model.save_pretrained = MethodType(_refuse_to_save, model)  # type: ignore[method-assign]
     model.push_to_hub = MethodType(_refuse_to_save, model)  # type: ignore[method-assign, assignment]
-    model.eval()
     model.body = body
     model.adapter = adapter  # type: ignore[assignment]
     if adapter is not None:
         if adapter.peft is not None and adapter.peft.wrapped is not None:
             model.forward = through_peft(model.forward, adapter.peft.wrapped)  # type: ignore[method-assign]
+            if isinstance(model, GenerationMixin):
+                model.prepare_inputs_for_generation = without_positions(model.prepare_inputs_for_generation)  # type: ignore[method-assign, misc]
         if (rule := adapter.regularise()) is not None:
             model.register_forward_hook(lambda module, args, output: rule(output))
+    model.eval()
     model.config.use_cache = False
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.use_cache = False

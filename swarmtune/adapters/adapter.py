@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -209,6 +211,7 @@ def make_adapter(
             part: OwnPart = DeepPrompts(config, model.config, site)
         elif isinstance(config, StandInConfig):
             part = StandIns(config, model.config, site, initial)
+            _check_stood_in(part, model)
         else:
             part = Head(config, model, model.get_submodule(head) if head else None, head or "")
         if saved is not None:
@@ -244,7 +247,8 @@ def parse(adapter: object) -> list[Recipe]:
     for kind in kinds:
         if kinds.count(kind) > 1:
             raise AdapterUnsupported(f"an adapter holds at most one of {kind}, got {kinds.count(kind)}")
-    recipes.sort(key=lambda recipe: not isinstance(recipe[0], PeftConfig))
+    # One order, however they were listed: optimizers know parameters by their number.
+    recipes.sort(key=lambda recipe: -1 if isinstance(recipe[0], PeftConfig) else OWN_CONFIGS.index(type(recipe[0])))
     _check_mix(recipes)
     return recipes
 
@@ -273,6 +277,14 @@ def _check_mix(recipes: Sequence[Recipe]) -> None:
                 raise AdapterUnsupported(
                     f"bias={getattr(config, 'bias', None)!r} and StandInConfig both train parameters of the blocks: use one of them"
                 )
+
+
+def _check_stood_in(part: StandIns, model: PreTrainedModel) -> None:
+    """Refuse stand-ins for what PEFT has put a trained copy in the place of: nothing would use them."""
+    for name in part.parameters:
+        owner, _, leaf = name.removeprefix("param.").rpartition(".")
+        if isinstance(model.get_submodule(owner), AuxiliaryTrainingWrapper | LNTuningLayer):
+            raise AdapterUnsupported(f"the PEFT configuration and StandInConfig both train {owner}.{leaf}: use one of them")
 
 
 def _saved(path: Path) -> list[Recipe]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from swarmtune.errors import AdapterUnsupported, UsageError
+from swarmtune.errors import AdapterUnsupported, UsageError, WireError
 from swarmtune.skeleton import LayerSite, build_skeleton, hidden_size
 from swarmtune.types import Kwarg
 from swarmtune.wire.frames import dump_json, parse_json
@@ -40,7 +41,7 @@ class Initial(Protocol):
 class DeepPromptConfig:
     """Deep prompts: virtual positions to the left of the text, to which each block adds a prompt of its own.
 
-    They are prepended to the embeddings as zeros with mask 1 (learned positions shift), and removed before the final norm. This is no PEFT type:
+    They are prepended to the embeddings as zeros with mask 1 (learned positions shift), and removed before the head. This is no PEFT type:
     ``PeftModel`` cannot load them (arXiv:2110.07602 describes the idea; PEFT's prefix tuning learns keys and values instead).
 
     Attributes:
@@ -80,7 +81,7 @@ class StandInConfig:
     def __post_init__(self) -> None:
         if isinstance(self.parameters, str) or not self.parameters or not all(isinstance(name, str) and name for name in self.parameters):
             raise AdapterUnsupported(f"parameters of stand-ins must be a list of names or patterns, such as ['*bias'], got {self.parameters!r}")
-        if self.layers is not None and not all(type(layer) is int and layer >= 0 for layer in self.layers):
+        if self.layers is not None and (not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers)):
             raise AdapterUnsupported(f"layers of stand-ins must be block numbers, got {self.layers!r}")
         object.__setattr__(self, "parameters", tuple(self.parameters))
         object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
@@ -231,6 +232,8 @@ class Head(OwnPart):
     def __init__(self, config: HeadConfig, model: nn.Module, head: nn.Module | None, name: str) -> None:
         if head is None or not name:
             raise AdapterUnsupported("this model has no head that could learn: leave HeadConfig out")
+        if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise AdapterUnsupported(f"the PEFT configuration and HeadConfig both train the head {name}: use one of them")
         super().__init__(config, {})
         for leaf, parameter in list(head.named_parameters(recurse=False)):
             value = parameter.detach().float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.detach().clone()
@@ -249,6 +252,20 @@ class Head(OwnPart):
         self._module.register_forward_pre_hook(cast)
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The JSON object in a configuration file.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path} is too large for a configuration")
+        return parse_json(path.read_bytes())
+    except (OSError, WireError) as error:
+        raise UsageError(f"{path} cannot be read: {str(error).replace('a header', 'it')}") from error
+
+
 def read_own_config(directory: Path, kind: type[OwnConfig]) -> OwnConfig | None:
     """The configuration of a part that a directory holds; ``None`` where it holds none of that kind.
 
@@ -258,12 +275,7 @@ def read_own_config(directory: Path, kind: type[OwnConfig]) -> OwnConfig | None:
     path = directory / f"{kind.FILE}_config.json"
     if not path.is_file():
         return None
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UsageError(f"{path} is too large for a configuration")
-        fields = parse_json(path.read_bytes())
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    fields = read_fields(path)
     if fields.pop("format", None) != "swarmtune" or fields.pop("kind", None) != kind.FILE:
         raise UsageError(f"{path} is not a configuration of swarmtune's {kind.FILE}")
     known = {field.name for field in dataclasses.fields(kind)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from swarmtune.adapters.injection import (
     travels,
     tuner_tensors,
 )
-from swarmtune.adapters.parts import Initial, check_fit
+from swarmtune.adapters.parts import Initial, check_fit, read_fields
 from swarmtune.adapters.tuners import CACHE_PREFIX, PROMPT_LEARNING, TUNERS, check_supported, kind_of
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.skeleton import LayerSite
@@ -116,6 +117,11 @@ class PeftPart:
         """
         if self.kind in TUNERS and self.spec is not None and not TUNERS[self.kind].trains:
             raise AdapterUnsupported(f"adapters of type {self.kind} can be used and not trained through a swarm, because {TUNERS[self.kind].why}")
+        if self.kind == "CPT" and self.config.inference_mode:
+            raise AdapterUnsupported(
+                "a saved adapter of type CPT can be used and not trained further, because PEFT saves the sum of the examples' tokens and their "
+                "changes, and its bounds are those of the changes: start from the configuration again"
+            )
 
     def _make_tuner(self, model: PreTrainedModel, site: LayerSite, initial: Initial | None, saved: Path | None) -> None:
         plain = plain_names(model)
@@ -249,8 +255,13 @@ class PeftPart:
             own = {name: tuple(tensor.shape) for name, tensor in self._to_file({}).items()}
             stored = read_weights(directory)
             check_fit(directory, own, stored)
-            (name,) = self.parameters
-            return {name: stored["prompt_embeddings"]}
+            of_prompts = [name for name in self.parameters if name.startswith("prompt_encoder.")]
+            if of_prompts != [f"prompt_encoder.{ADAPTER_NAME}.embedding.weight"]:
+                raise UsageError(
+                    f"{directory} holds the virtual tokens that were made, not what makes them: load the model with that directory as its adapter"
+                )
+            own_name = f".modules_to_save.{ADAPTER_NAME}"
+            return {name: stored["prompt_embeddings" if name in of_prompts else name.replace(own_name, "")] for name in self.parameters}
         model = self._fresh()
         load_into(model, directory)
         loaded = dict(named_tensors(model))
@@ -372,9 +383,21 @@ def read_config(directory: Path) -> PeftConfig:
     """The configuration of a PEFT directory.
 
     Raises:
-        AdapterUnsupported: it is none that PEFT knows.
+        UsageError: it cannot be read.
+        AdapterUnsupported: it is none that this PEFT knows whole.
     """
+    path = directory / CONFIG_FILE
+    fields = read_fields(path)
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterUnsupported(f"{path} is not a PEFT configuration: its peft_type is {kind!r:.80}")
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])} | {"runtime_config"}
+    for name, value in fields.items():
+        if name not in known and value not in (None, False, "", [], {}):  # PEFT would leave it out with a warning
+            raise AdapterUnsupported(f"{path} holds {name[:80]!r}, which this version of PEFT does not know: it was made by a newer one")
     try:
-        return PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterUnsupported(f"{directory / CONFIG_FILE} is not a PEFT configuration: {str(error)[:300]}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RecursionError) as error:
+        raise AdapterUnsupported(f"{path} is not a PEFT configuration: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from error

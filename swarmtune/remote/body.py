@@ -97,7 +97,11 @@ class RemoteBody(nn.Module):
             dimension = kwarg.axes.get(axis)  # type: ignore[call-overload]
             if dimension is not None and kwarg.tensor.shape[dimension] != length:
                 raise KwargError(f"kwarg {kwarg.name}: its {axis} axis has length {kwarg.tensor.shape[dimension]}, the hidden states have {length}")
-        return KwargPlan(kwarg.name, dict(kwarg.axes), kwarg.span(self.num_blocks), kwarg.tensor.requires_grad and torch.is_grad_enabled())
+        span = kwarg.span(self.num_blocks)
+        if "." not in kwarg.name and kwarg.name != "prompt" and len(span) < self.num_blocks:
+            # Servers cannot see this: some blocks of the model may be all that they are asked for.
+            raise KwargError(f"{kwarg.name} is an argument of the library's forward, which is for all blocks, got {span}")
+        return KwargPlan(kwarg.name, dict(kwarg.axes), span, kwarg.tensor.requires_grad and torch.is_grad_enabled())
 
 
 def _library(hidden_BTH: Tensor, **arguments: Tensor | None) -> list[Kwarg]:

@@ -47,11 +47,12 @@ class RemoteLayers(nn.Module):
         if adapter is None:
             output_BTH = body(hidden_BTH, mask, positions, kwargs=prefix)
         else:
+            if adapter.training:
+                adapter.check_trains()
             seed = int(torch.randint(1 << 62, ())) if adapter.needs_seed else None
             output_BTH = body(
                 hidden_BTH, mask, positions, kwargs=[*adapter.kwargs(), *prefix], adapter=adapter.spec, seed=seed, whole=adapter.mixes_rows
             )
-            output_BTH = output_BTH[:, adapter.prompt_tokens :]
         return as_output(output_BTH, self._output_items)
 
     def watch(self, parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -80,6 +81,16 @@ class RemoteLayers(nn.Module):
             mask = mask[:, prefix[0].tensor.shape[1] :].to(torch.int64)
         self.given.arguments = (mask, kwargs.get("position_ids"), prefix)
         return (), kwargs
+
+    def unprompt(self, parent: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the library's forward, which may reshape to the length that it began with: take the virtual positions away again."""
+        tokens = self._parts[1].prompt_tokens if self._parts[1] is not None else 0
+        if not tokens:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, tokens:], *output[1:])
+        output["last_hidden_state"] = output["last_hidden_state"][:, tokens:]
+        return output
 
     def _prefix(self, kwargs: dict[str, Any]) -> tuple[Kwarg, ...]:
         """Keys and values that PEFT put into the cache, as kwargs of their blocks.
@@ -148,5 +159,19 @@ def through_peft(forward: Callable[..., Any], wrapped: Callable[..., Any]) -> Ca
             return wrapped(**given)
         finally:
             inside.now = False
+
+    return prepared
+
+
+def without_positions(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's preparation of a call within ``generate``, for one under PEFT's virtual tokens, which leave positions to the library.
+
+    Args:
+        prepare: the model's own.
+    """
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        return {name: value for name, value in prepare(*args, **kwargs).items() if name != "position_ids"}
 
     return prepared

@@ -87,6 +87,7 @@ CASES: Mapping[str, Case] = {
     "road": Case("ROAD", {"group_size": 16, "variant": "road_2"}),
     "shira": Case("SHIRA", {"r": 2}),
     "supertuning": Case("SUPERTUNING"),
+    "supertuning with lora": Case("SUPERTUNING", {"r": 4}),
     "tinylora": Case("TINYLORA", {"r": 2, "u": 8}, tolerance=1e-6),
     "tinylora tied": Case("TINYLORA", {"r": 2, "u": 8, "weight_tying": 1.0}, tolerance=1e-6),
     "trainable tokens": Case("TRAINABLE_TOKENS", {"token_indices": [4, 5, 9]}, {"bloom": ["word_embeddings"], "llama": ["embed_tokens"]}),
