@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -30,8 +31,8 @@ ADAPTER_NAME = "default"
 PEFT_PREFIX = "base_model.model."
 HEAD_OF_TASK: Mapping[str, Head] = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "sequence_classification", "TOKEN_CLS": "token_classification"}
 """PEFT's names of tasks, and our names of heads."""
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")
-"""What PEFT puts into the names of the modules that it wraps."""
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)|(?<=attn)\.model(?=\.)")
+"""What PEFT puts into the names of the modules that it wraps; the last is that of attention under adaption prompts."""
 
 
 def plain_name(name: str) -> str:
@@ -150,7 +151,7 @@ def spec_of(injected: PeftModel, config: PeftConfig, site: LayerSite) -> Adapter
     copied, outside = [], []
     for name, module in base.named_modules():
         place = site.split(name)
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer | AdaptedAttention | AdaptedAttentionGPT) and not isinstance(module, AuxiliaryTrainingWrapper):
             if place is None:
                 outside.append(name)
             else:
@@ -251,7 +252,7 @@ def inject_plain(model: PreTrainedModel, spec: AdapterSpec, site: LayerSite, blo
     except AdapterUnsupported as error:
         raise WireError(str(error)) from error
     base = cast(PreTrainedModel, injected.get_base_model())
-    if "suffixes" in spec.config:
+    if "suffixes" in spec.config or spec.config["peft_type"] == "ADAPTION_PROMPT":
         _check_targets(base, site, spec)
     if "ranks" in spec.config:
         _resize(base, site, spec, blocks)
@@ -260,9 +261,9 @@ def inject_plain(model: PreTrainedModel, spec: AdapterSpec, site: LayerSite, blo
 
 def _check_targets(model: PreTrainedModel, site: LayerSite, spec: AdapterSpec) -> None:
     """Ends of names must lead to exactly the modules that were listed."""
-    found = sorted(
-        f"{place[0]}.{place[1]}" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and (place := site.split(name))
-    )
+    kinds = BaseTunerLayer | AdaptedAttention | AdaptedAttentionGPT
+    places = [site.split(name) for name, module in model.named_modules() if isinstance(module, kinds)]
+    found = sorted(f"{place[0]}.{place[1]}" for place in places if place is not None)
     if found != spec.config["modules"]:
         raise WireError("the ends of an adapter's module names lead to other modules than it lists")
 

@@ -98,6 +98,7 @@ TUNERS: Mapping[str, Tuner] = {
         local=("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern", "init_lora_weights", "r"),
         dropout="lora_dropout",
     ),
+    "ADAPTION_PROMPT": Tuner(("adapter_len", "adapter_layers"), joint=True),
     "BEFT": Tuner(),
     "BOFT": Tuner(
         ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", _FAN), unseedable=("boft_dropout",), materialised=True, computed=("boft_P",)
@@ -226,7 +227,6 @@ CACHE_PREFIX = ("PREFIX_TUNING", "CARTRIDGE")
 
 REFUSED: Mapping[str, str] = {
     "ADAMSS": "it clusters a decomposition of the body's weights with scikit-learn, and what it trains follows from that",
-    "ADAPTION_PROMPT": "it puts its own attention in the place of the library's",
     "FROD": "it decomposes the weights of all blocks jointly, and no server holds them all",
     "OSF": "it takes the body's weights apart and trains parts of them under a projection of its gradients",
     "POLY": "its layers mix adapters by task ids, which do not reach them",
@@ -424,6 +424,8 @@ def rebuild(spec: AdapterSpec, prefix: str, only: range | None = None) -> PeftCo
         given["feedforward_modules"] = [prefix + name for name in _names(spec.config.get("feedforward", [])) if name in set(kept)]
     if schema is AdaLoraConfig:
         given["total_step"] = 1
+    if kind == "ADAPTION_PROMPT":
+        given["target_modules"] = None  # PEFT knows the attention of the models that it takes
     if kind == "LILY":
         suffixes = spec.config.get("suffixes")
         if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,23 @@ from tests.harness import loopback, remote
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # torch, where SHiRA scatters its values
 ]
+LLAMA = ("adaption_prompt", "prefix")
 WORDS = {"trainable_tokens": ["adapter.token_indices=[5,6]"], "adalora": ["adapter.tinit=0", "adapter.tfinal=1"]}
 
 
 @pytest.fixture(scope="module")
-def pocket() -> Iterator[tuple[Path, Swarm]]:
-    path = Path(resolve_path("pkg://swarmtune/assets/pocket_bloom"))
-    with loopback(path, ["0:2", "2:4"]) as swarm:
-        yield path, swarm
+def pockets() -> Iterator[dict[str, tuple[Path, Swarm]]]:
+    found = {}
+    with ExitStack() as stack:
+        for family in ("bloom", "llama"):
+            path = Path(resolve_path(f"pkg://swarmtune/assets/pocket_{family}"))
+            found[family] = (path, stack.enter_context(loopback(path, ["0:2", "2:4"])))
+        yield found
 
 
 @pytest.mark.parametrize("name", [name for name in options("adapter") if name != "saved"])
-def test_every_adapter_group_lowers_the_loss_on_one_batch(pocket: tuple[Path, Swarm], tmp_path: Path, name: str) -> None:
-    path, swarm = pocket
+def test_every_adapter_group_lowers_the_loss_on_one_batch(pockets: dict[str, tuple[Path, Swarm]], tmp_path: Path, name: str) -> None:
+    path, swarm = pockets["llama" if name in LLAMA else "bloom"]
     config = load_config(["recipe=lora_bloom", f"adapter={name}", *WORDS.get(name, [])])
     torch.manual_seed(0)
     model = remote(path, swarm, peft_config(config.adapter)).train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,93 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from swarmtune.adapters.tuners import PROMPT_LEARNING, REFUSED, TUNERS, check_supported
 from swarmtune.errors import AdapterUnsupported, KwargError
+from tests.adapter_cases import CASES, FAMILIES, Case
 from tests.harness import batch, loopback, remote, same_bits, step, trainable
 
-FAMILIES = ("bloom", "llama")
+PAIRS = [(name, family) for name, case in CASES.items() for family in case.families]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # torch, where SHiRA scatters its values
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),  # PEFT's BOFT, on every machine without a compiler
 ]
-LINEAR = {"bloom": ["query_key_value", "dense_4h_to_h"], "llama": ["q_proj", "down_proj"]}
-SQUARE = {"bloom": ["self_attention.dense"], "llama": ["q_proj", "o_proj"]}
-NORMS = {"bloom": ["input_layernorm", "ln_f"], "llama": ["input_layernorm", "model.norm"]}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to use a PEFT type: settings, and where its targets are."""
-
-    kind: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    targets: Mapping[str, list[str]] | None = field(default_factory=lambda: LINEAR)
-    tolerance: float = 0.0  # of gradients over one micro-batch: some tensors belong to several blocks
-    logits: float = 0.0  # of logits: what is computed here once and not for each row has other shapes
-
-    def config(self, family: str) -> PeftConfig:
-        settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **self.settings}
-        if self.targets is not None:
-            settings["target_modules"] = list(self.targets[family])
-        if settings.get("feedforward_modules") == "second":
-            settings["feedforward_modules"] = self.targets[family][1:] if self.targets else None
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.kind)](**settings)
-
-
-CASES: Mapping[str, Case] = {
-    "lora": Case("LORA", {"r": 4}),
-    "rslora": Case("LORA", {"r": 4, "use_rslora": True, "lora_bias": True}),
-    "dora": Case("LORA", {"r": 4, "use_dora": True}),
-    "lora with biases": Case("LORA", {"r": 4, "bias": "lora_only"}),
-    "lora with all biases": Case("LORA", {"r": 4, "bias": "all"}),
-    "lora orthogonal": Case("LORA", {"r": 4, "init_lora_weights": "orthogonal"}),
-    "lora on stem and head": Case("LORA", {"r": 4}, {"bloom": ["query_key_value", "lm_head"], "llama": ["q_proj", "lm_head", "embed_tokens"]}),
-    "lora and a whole norm": Case("LORA", {"r": 4, "modules_to_save": ["input_layernorm"]}),
-    "lora and trained tokens": Case("LORA", {"r": 4, "trainable_token_indices": [4, 7, 9]}),
-    "lora on some layers": Case("LORA", {"r": 4, "layers_to_transform": [1, 3], "rank_pattern": {"query_key_value|q_proj": 2}}),
-    "adalora": Case("ADALORA", {"init_r": 4, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 2}),
-    "beft": Case("BEFT"),
-    "boft": Case("BOFT", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
-    "c3a": Case("C3A", {"block_size": 16}),
-    "deft": Case("DEFT", {"r": 4}),
-    "delora": Case("DELORA", {"r": 4, "rank_pattern": {"query_key_value|q_proj": 2}}),
-    "fourierft": Case("FOURIERFT", {"n_frequency": 12}),
-    "glora": Case("GLORA", {"r": 4}),
-    "gralora": Case("GRALORA", {"r": 4}),
-    "hira": Case("HIRA", {"r": 4}),
-    "hra": Case("HRA", {"r": 4}),
-    "hra gram-schmidt": Case("HRA", {"r": 4, "apply_GS": True}),
-    "ia3": Case("IA3", {"feedforward_modules": "second"}),
-    "lily": Case("LILY", {"r": 4}, tolerance=1e-6),
-    "ln_tuning": Case("LN_TUNING", targets=NORMS),
-    "loha": Case("LOHA", {"r": 4}),
-    "lokr": Case("LOKR", {"r": 4, "decompose_both": True}),
-    "miss": Case("MISS", {"r": 4}),
-    "oft": Case("OFT", {"oft_block_size": 4}),
-    "oft cayley": Case("OFT", {"oft_block_size": 4, "use_cayley_neumann": False, "block_share": True}),
-    "peanut": Case("PEANUT", {"r": 4, "depth": 1}),
-    "psoft": Case("PSOFT", {"r": 4}),
-    "pvera": Case("PVERA", {"r": 4}),
-    "randlora": Case("RANDLORA", {"r": 4}),
-    "road": Case("ROAD", {"group_size": 16, "variant": "road_2"}),
-    "shira": Case("SHIRA", {"r": 2}),
-    "supertuning": Case("SUPERTUNING"),
-    "supertuning with lora": Case("SUPERTUNING", {"r": 4}),
-    "tinylora": Case("TINYLORA", {"r": 2, "u": 8}, tolerance=1e-6),
-    "tinylora tied": Case("TINYLORA", {"r": 2, "u": 8, "weight_tying": 1.0}, tolerance=1e-6),
-    "trainable tokens": Case("TRAINABLE_TOKENS", {"token_indices": [4, 5, 9]}, {"bloom": ["word_embeddings"], "llama": ["embed_tokens"]}),
-    "unilora": Case("UNILORA", {"r": 4, "theta_d_length": 24}, tolerance=1e-6),
-    "vblora": Case("VBLORA", {"r": 4, "vector_length": 16, "num_vectors": 8}, tolerance=1e-6),
-    "vera": Case("VERA", {"r": 8}),
-    "waveft": Case("WAVEFT", {"n_frequency": 12}),
-    "prompt tuning": Case("PROMPT_TUNING", {"num_virtual_tokens": 5}, None),
-    "p-tuning": Case("P_TUNING", {"num_virtual_tokens": 5, "encoder_hidden_size": 16}, None),
-    "multitask prompt tuning": Case("MULTITASK_PROMPT_TUNING", {"num_virtual_tokens": 5, "num_tasks": 2}, None),
-    "cpt": Case("CPT", {"cpt_token_ids": [4, 5, 6], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 4]}, None),
-    "prefix tuning": Case("PREFIX_TUNING", {"num_virtual_tokens": 5}, None, tolerance=1e-6),
-    "prefix projection": Case(
-        "PREFIX_TUNING", {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16}, None, tolerance=2e-6, logits=1e-6
-    ),
-    "cartridge": Case("CARTRIDGE", {"num_virtual_tokens": 5, "num_frozen_tokens": 2}, None, tolerance=1e-6),
-}
 
 
 def local(path: Path, config: PeftConfig, seed: int = 7) -> PeftModel:
@@ -149,8 +69,7 @@ def inputs(case: Case, **options: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_fresh_logits_loss_and_every_gradient_equal_peft(models: dict[str, Path], name: str, family: str) -> None:
     case = CASES[name]
     expected = local(models[family], case.config(family))
@@ -172,8 +91,7 @@ def test_fresh_logits_loss_and_every_gradient_equal_peft(models: dict[str, Path]
     assert any(grad.norm() > 0 for grad in there[2].values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind != "LILY"])
+@pytest.mark.parametrize(("name", "family"), [(name, family) for name, family in PAIRS if CASES[name].kind != "LILY"])
 def test_four_micro_batches_over_one_span_equal_peft_within_1e_6_of_the_norm(models: dict[str, Path], name: str, family: str) -> None:
     case = CASES[name]
     expected = local(models[family], case.config(family))
@@ -200,8 +118,7 @@ def test_an_adapter_that_mixes_rows_is_not_cut_into_micro_batches(bloom: Path) -
         model(**batch(rows=1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_exported_adapters_load_into_peft_and_back(models: dict[str, Path], tmp_path: Path, name: str, family: str) -> None:
     case = CASES[name]
     with loopback(models[family]) as swarm:
