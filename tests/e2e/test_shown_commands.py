@@ -68,6 +68,9 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(POCKET, folder / "my-model")
     texts = [json.dumps({"text": f"def function_{number}(): return the {number}th value of the sequence, or None. " * 20}) for number in range(40)]
     (folder / "notes.jsonl").write_text("\n".join(texts))
+    chats = [{"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"{n} is a number. " * 4}]} for n in range(40)]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
+    (folder / "reviews.csv").write_text("text,stars\n" + "\n".join(f"this is review {n} of {n % 3} stars,{n % 3}" for n in range(60)))
     return folder
 
 
@@ -115,6 +118,17 @@ def test_what_can_be_changed(cwd: Path) -> None:
         words("swarmtune recipe=lora_bloom debug=short"),
     ):
         assert "held-out perplexity" in succeed([*command, *SHORT], cwd)
+
+
+def test_other_methods_and_recipes(cwd: Path) -> None:
+    assert "PeftModel" in succeed([*words("swarmtune recipe=lora_bloom adapter=dora"), *SHORT], cwd)
+    ia3 = words("swarmtune recipe=ia3_bloom")
+    for recipe in ("ia3_bloom", "deep_prompts_bloom", "prefix_llama", "bitfit"):
+        output = succeed([*ia3[:-1], f"recipe={recipe}", *SHORT], cwd)
+        assert "held-out perplexity" in output
+        assert ("PeftModel" in output) == (recipe in ("ia3_bloom", "prefix_llama"))
+    assert "held-out perplexity" in succeed([*words("swarmtune recipe=lora_chat data=chats.jsonl"), *SHORT], cwd)
+    assert "held-out accuracy" in succeed([*words("swarmtune recipe=lora_classify data=reviews.csv data.label_column=stars"), *SHORT], cwd)
 
 
 def test_a_recipe_of_ones_own(cwd: Path) -> None:
