@@ -330,7 +330,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_former_adapter_whole(bloom: 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter_module.DeepPrompts, "write", full)
+    monkeypatch.setattr(adapter_module.DeepPrompts, "write", full)  # after PEFT's files have been written
     set_values([dict(model.named_parameters())])
     with pytest.raises(UsageError, match=r"cannot be written to .*: No space left on device"):
         model.save_pretrained(tmp_path / "out")

@@ -335,6 +335,17 @@ def test_experts_that_no_token_reached_get_zeros_and_the_others_the_local_gradie
         assert 1 <= sum(reached) <= 3, "eight experts, three tokens, one expert each"
 
 
+def test_blocks_that_a_shared_tensor_passes_without_using_it_add_zeros(bloom: Path) -> None:
+    config = VBLoRAConfig(r=4, num_vectors=8, vector_length=16, target_modules=["query_key_value"], layers_to_transform=[0, 3], task_type="CAUSAL_LM")
+    local = aligned(local_peft(bloom, config))
+    with loopback(bloom, ["0:1", "1:3", "3:4"]) as swarm:
+        model = remote(bloom, swarm, config)
+        set_values([trainable(local), own(model)])
+        expected, found = step(local, batch()), step(model, batch())
+    assert torch.equal(expected[0], found[0])
+    assert worst_difference(expected[2], found[2]) <= 1e-6
+
+
 def test_fp64_kwargs_over_a_bf16_body_get_fp64_gradients_equal_to_local(bloom: Path) -> None:
     x = values(ROWS, TOKENS, HIDDEN, seed=1)
     prompt, bias = leaf(2, HIDDEN, seed=2, dtype=torch.float64), leaf(HIDDEN, seed=3, dtype=torch.float64)
