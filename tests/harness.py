@@ -179,7 +179,7 @@ def step(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, 
     model.zero_grad()
     output = model(**inputs)
     output.loss.backward()
-    learns = dict(model.adapter.named_parameters()) if hasattr(model, "adapter") else trainable(model)
+    learns = trainable(model.adapter if hasattr(model, "adapter") else model)
     grads = {name: parameter.grad.clone() for name, parameter in learns.items()}
     return output.logits.detach(), output.loss.detach(), grads
 
