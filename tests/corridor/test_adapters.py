@@ -107,7 +107,7 @@ def test_four_micro_batches_over_one_span_equal_peft_within_1e_6_of_the_norm(mod
         exact = step(expected.double(), whole)[2]
         for key in off:
             theirs, ours = (here[2][key] - exact[key]).norm(), (there[2][key] - exact[key]).norm()
-            assert ours <= 2 * theirs + 1e-6 * exact[key].norm(), key
+            assert ours <= 2 * theirs + 1e-6 * exact[key].norm() + 1e-7 * largest, key
 
 
 def test_an_adapter_that_mixes_rows_is_not_cut_into_micro_batches(bloom: Path) -> None:

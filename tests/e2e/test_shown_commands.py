@@ -68,7 +68,9 @@ def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(POCKET, folder / "my-model")
     texts = [json.dumps({"text": f"def function_{number}(): return the {number}th value of the sequence, or None. " * 20}) for number in range(40)]
     (folder / "notes.jsonl").write_text("\n".join(texts))
-    chats = [{"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"{n} is a number. " * 4}]} for n in range(40)]
+    chats = [
+        {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"{n} is a number. " * 4}]} for n in range(40)
+    ]
     (folder / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
     (folder / "reviews.csv").write_text("text,stars\n" + "\n".join(f"this is review {n} of {n % 3} stars,{n % 3}" for n in range(60)))
     return folder
