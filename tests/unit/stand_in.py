@@ -93,7 +93,8 @@ def run_short(tiny_model: Path, run_dir: Path, *words: str) -> dict:
 
 def classifier_stand_in(path: str, swarm: object, adapter: LoraConfig | None = None, num_labels: int = 2) -> nn.Module:
     """A local classifier with LoRA and a head that learn, in the place of ``load_sequence_classifier``."""
-    config = adapter or LoraConfig(r=2, target_modules=["query_key_value"], task_type="SEQ_CLS")
+    config = adapter or LoraConfig(r=2, target_modules=["query_key_value"])
+    config.task_type = "SEQ_CLS"
     peft_model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels), config)
     model = peft_model.base_model.model
     model.adapter = Adapter(peft_model)

@@ -24,7 +24,8 @@ def test_help_is_light_and_names_the_recipes(tmp_path: Path) -> None:
     probe = "import sys; from swarmtune.cli import main; main(['--help']); print([n for n in ('torch', 'hydra', 'lightning') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0
-    assert "Recipes: lora_bloom" in done.stdout
+    assert "Recipes: bitfit" in done.stdout
+    assert "lora_bloom" in done.stdout
     assert done.stdout.endswith("[]\n")
 
 

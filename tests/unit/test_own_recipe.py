@@ -83,7 +83,7 @@ SENTENCES = {
     "recipe: bad.py\n": "bad.py, line 2: ",
     "recipe: none.py\n": "none.py needs a function build(config, swarm)",
     "recipe: few.py\n": "few.py, line 1: build must take (config, swarm)",
-    "seed: 3\n": "mine.yaml: needs a key recipe: a Python file beside it, such as mine.py, or one of lora_bloom",
+    "seed: 3\n": "mine.yaml: needs a key recipe: a Python file beside it, such as mine.py, or one of bitfit",
     "": "mine.yaml: expected keys and values such as 'recipe: lora_bloom', got nothing",
     "- a\n": "mine.yaml: expected keys and values such as 'recipe: lora_bloom', got something else",
 }
