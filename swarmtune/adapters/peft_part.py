@@ -182,7 +182,7 @@ class PeftPart:
         encoder: Any = wrapped.prompt_encoder[ADAPTER_NAME]
         if saved is not None:
             load_into(wrapped, saved)
-            encoder.requires_grad_(False)
+            encoder.requires_grad_(self.kind == "MULTITASK_PROMPT_TUNING")  # all of which is saved
             (encoder.trainable_embedding if self.kind == "CARTRIDGE" else encoder.embedding.weight).requires_grad_(True)
         self.parameters = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
         if self.is_cache_prefix:

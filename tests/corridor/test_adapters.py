@@ -145,6 +145,16 @@ def test_exported_adapters_load_into_peft_and_back(models: dict[str, Path], tmp_
         assert any(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in mine.adapter.parameters())
 
 
+def test_saved_multitask_prompts_train_on_in_all_their_parts(bloom: Path, tmp_path: Path) -> None:
+    case = CASES["multitask prompt tuning"]
+    with loopback(bloom) as swarm:
+        model = remote(bloom, swarm, case.config("bloom"))
+        model.adapter.save_pretrained(tmp_path / "adapter")
+        again = remote(bloom, swarm, str(tmp_path / "adapter"))
+        assert [*dict(again.adapter.named_parameters())] == [*dict(model.adapter.named_parameters())]
+        assert all(grad.norm() > 0 for grad in step(again, inputs(case))[2].values())
+
+
 def test_every_type_of_this_peft_is_supported_or_refused_with_a_reason() -> None:
     """A PEFT release with a new type fails here until somebody has looked at it."""
     assert {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING} == {*TUNERS, *PROMPT_LEARNING, *REFUSED}
