@@ -223,7 +223,7 @@ class Span:
             _check_parameter(program, kwarg, block, place, leaf)
             if place in bound.replacements:
                 raise KwargError(f"{kwarg.name} is given twice for block {block}")
-            bound.replacements[place] = leaf if family == "peft" else leaf.to(self.dtype)
+            bound.replacements[place] = leaf.to(_dtype_of(program, place)) if leaf.is_floating_point() else leaf
 
     def _param_place(self, program: Program, kwarg: CallKwarg, block: int, name: str) -> tuple[str, ...]:
         place = program.frozen[block].get(name)
@@ -357,6 +357,15 @@ def _check_parameter(program: Program, kwarg: CallKwarg, block: int, place: str,
         size = _index_range(program.parent, owner_name)
         if leaf.numel() and (int(leaf.min()) < 0 or int(leaf.max()) >= size):
             raise KwargError(f"kwarg {kwarg.name} holds indices outside of the {size} that there are")
+
+
+def _dtype_of(program: Program, place: str) -> torch.dtype:
+    """The type in which a program computes with a tensor: PEFT keeps small matrices in float32, and copies of norms and biases in the served type."""
+    owner_name, _, name = place.rpartition(".")
+    owner = program.parent.get_submodule(owner_name)
+    found = owner._parameters[name] if name in owner._parameters else owner._buffers[name]
+    assert found is not None, "names of a program come from its tensors"
+    return found.dtype
 
 
 def _index_range(parent: nn.Module, owner_name: str) -> int:

@@ -268,7 +268,8 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
             if isinstance(model, GenerationMixin):
                 model.prepare_inputs_for_generation = without_positions(model.prepare_inputs_for_generation)  # type: ignore[method-assign, misc]
         if (rule := adapter.regularise()) is not None:
-            model.register_forward_hook(lambda module, args, output: rule(output))
+            # PEFT adds it to a validation's loss too, which would then be no loss over tokens any more.
+            model.register_forward_hook(lambda module, args, output: rule(output) if module.training else output)
     model.eval()
     model.config.use_cache = False
     if getattr(model, "generation_config", None) is not None:

@@ -99,6 +99,8 @@ class Kwarg:
             raise KwargError(f"a kwarg's name must be 1 to 512 printable characters, got {self.name!r:.100}")
         if not callable(getattr(self.tensor, "dim", None)) or str(self.tensor.layout) != "torch.strided" or self.tensor.is_meta:
             raise KwargError(f"kwarg {self.name[:80]}: its value must be a dense tensor with data, got {type(self.tensor).__name__}")
+        if not isinstance(self.axes, Mapping):
+            raise KwargError(f'kwarg {self.name}: axes must be a mapping such as {{"batch": 0}}, got {self.axes!r:.80}')
         rank = self.tensor.dim()
         for axis, dimension in self.axes.items():
             if axis not in AXES:

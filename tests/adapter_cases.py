@@ -148,6 +148,11 @@ is in the stem or the head is put there by PEFT, on the client. A type that a ne
 *First values from the servers*: what PEFT computes from body weights (magnitudes, norms, decompositions) is asked from the servers when the adapter is made,
 and so are the biases that `bias=` trains and the modules inside blocks that `modules_to_save` copies.
 
+*AdaLoRA*: recipes run its rule. A loop of one's own calls `model.adapter.after_step(step)` after `optimizer.step()` and before `zero_grad()`, as with PEFT's `update_and_allocate`. Its
+regulariser is in the loss while the model trains, and not in a validation's.
+
+*Precision*: all that learns is float32 over any body; copies of norms, heads and biases are cast where they compute.
+
 *Dropout*: a mask is a function of a seed in the call, the block, the place in it, the row and the position, so a recompute, another server, other
 spans and other micro-batches see the same one. It is not the mask that a local run draws. Dropout of the body itself is off.
 

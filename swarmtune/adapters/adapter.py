@@ -109,10 +109,28 @@ class Adapter(nn.Module):
         return self.training and self.peft is not None and self.peft.dropout > 0
 
     def kwargs(self) -> list[Kwarg]:
-        """All that travels: one kwarg per tensor, for its blocks."""
+        """All that travels: one kwarg per tensor, for its blocks.
+
+        Raises:
+            UsageError: a parameter is not the one that the model uses any more.
+        """
         tensors: dict[str, Tensor] = dict(self.named_parameters())
+        self._check_attached()
         found = self.peft.kwargs({**dict(self._frozen.named_buffers()), **tensors}) if self.peft is not None else []
         return found + [kwarg for part in self.own for kwarg in part.kwargs(tensors)]
+
+    def _check_attached(self) -> None:
+        """Parameters that act on the client stand in the model too: replaced in one place only, they would learn or be saved without effect."""
+        own = dict(self.named_parameters())
+        parts = [self.peft.parameters] if self.peft is not None else []
+        for given in [*parts, *(part.parameters for part in self.own)]:
+            for name, parameter in given.items():
+                if own.get(name) is not parameter:
+                    raise UsageError(
+                        f"{name} was replaced and is not what the model uses any more: copy values into it (load_state_dict without assign=True)"
+                    )
+        for part in self.own:
+            part.check_attached()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write a PEFT directory, whole or not at all, and check it by letting PEFT load it again; other parts have files of their own beside it.
@@ -120,6 +138,7 @@ class Adapter(nn.Module):
         Raises:
             UsageError: the directory cannot be written, or PEFT would not load the same adapter from it.
         """
+        self._check_attached()
         target = Path(directory).absolute()
         temporary = None
         try:
@@ -148,6 +167,10 @@ class Adapter(nn.Module):
             UsageError: a tensor is missing, superfluous or of another shape, or the directory cannot be read.
         """
         path = Path(directory).expanduser()
+        there = {"PEFT" if isinstance(config, PeftConfig) else config.FILE for config, _ in _saved(path)}
+        here = {*(["PEFT"] if self.peft is not None else []), *(part.config.FILE for part in self.own)}
+        if extra := sorted(there - here):
+            raise UsageError(f"the adapter in {path} does not fit: it has a part ({extra[0].replace('_', ' ')}) that this adapter does not have")
         values: dict[str, Tensor] = {}
         if self.peft is not None:
             values |= self.peft.read(path)

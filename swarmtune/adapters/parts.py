@@ -132,6 +132,13 @@ class OwnPart:
         """How ``parameters``, its own by name, travel; nothing where the part acts on the client."""
         return []
 
+    def check_attached(self) -> None:
+        """Refuse to go on where the model does not use the part's parameters any more.
+
+        Raises:
+            UsageError: it does not.
+        """
+
     def write(self, directory: Path, values: Mapping[str, Tensor]) -> None:
         """Write both files."""
         save_file(
@@ -239,6 +246,14 @@ class Head(OwnPart):
             value = parameter.detach().float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.detach().clone()
             self.parameters[f"head.{name}.{leaf}"] = nn.Parameter(value, requires_grad=config.trainable)
         self._module = head
+
+    def check_attached(self) -> None:
+        """See ``OwnPart``: the head may have been resized, or tied to the embeddings again."""
+        for name, parameter in self.parameters.items():
+            if getattr(self._module, name.rpartition(".")[2]) is not parameter:
+                raise UsageError(
+                    f"{name} is not the model's head any more (resize_token_embeddings or tie_weights?): load the model with HeadConfig again"
+                )
 
     def attach(self) -> None:
         """Put the copies into the model; inputs are cast to their type."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -128,7 +129,11 @@ class PeftPart:
         rng = torch.get_rng_state() if TUNERS[self.kind].draws else None
         injected = inject(model, self.config)
         self.config = injected.peft_config[ADAPTER_NAME]  # with what PEFT resolved
+        for name, parameter in injected.named_parameters():
+            if ".ranknum." in name:  # AdaLoRA's constant, which PEFT lets learn over half precision and never saves
+                parameter.requires_grad_(False)
         _unfold(parameter for parameter in injected.parameters() if parameter.requires_grad)
+        _learn_in_float32(injected, site)  # before any value is put in, so that none is rounded
         tensors = tuner_tensors(model, site, plain)
         self.spec = spec_of(injected, self.config, site)
         if initial is not None and self.spec is not None:
@@ -343,6 +348,37 @@ def _unfold(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if tensor.untyped_storage().nbytes() < tensor.nbytes:
             tensor.data = torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _learn_in_float32(model: nn.Module, site: LayerSite) -> None:
+    """Let what PEFT trains as a copy (norms, heads, biases) learn in float32 over half precision.
+
+    Servers cast to the type that they compute in. In stem and head the module computes in float32 and gives back the type that it got.
+    """
+    for place, module in model.named_modules():
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        learning = [parameter for parameter in own.values() if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16)]
+        inside = site.split(place.removeprefix(PEFT_PREFIX)) is not None
+        if not learning or (not inside and isinstance(module, nn.ParameterDict)):
+            continue  # what a tuner holds in stem or head by itself is cast by its layer
+        dtype = learning[0].dtype
+        for parameter in learning:
+            parameter.data = parameter.data.float()
+        if inside:
+            continue
+        for name, parameter in own.items():
+            if not parameter.requires_grad and parameter.dtype is dtype:  # a copy: it may be tied to another module's
+                module._parameters[name] = nn.Parameter(parameter.detach().float(), requires_grad=False)
+        module.register_forward_pre_hook(_widen)
+        module.register_forward_hook(functools.partial(_narrow, dtype))
+
+
+def _widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def _narrow(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
 
 
 def _without_base(model: PeftModel, directory: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -379,6 +379,8 @@ def resolve(config: PeftConfig, modules: Sequence[str], prefix: str, extra: Mapp
 
 def _plain_value(value: Any) -> Any:
     value = getattr(value, "value", value)  # enums travel as their values
+    if isinstance(value, float) and not math.isfinite(value):
+        raise AdapterUnsupported(f"an adapter's configuration holds {value}, expected a finite number")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise AdapterUnsupported(f"an adapter's configuration holds {value!r:.80}, which is no plain value")

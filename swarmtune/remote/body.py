@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swarmtune.errors import KwargError, NonFinite
+from swarmtune.errors import KwargError, NonFinite, UsageError
 from swarmtune.remote.chain import Chain, KwargPlan, micro_batches
 from swarmtune.remote.function import BodyCall, RemoteSequential
 from swarmtune.transport.loop import LoopThread
@@ -33,7 +34,7 @@ class RemoteBody(nn.Module):
         hidden_BTH: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        kwargs: Sequence[Kwarg] = (),
+        kwargs: Iterable[Kwarg] = (),
         adapter: AdapterSpec | None = None,
         seed: int | None = None,
         whole: bool = False,
@@ -61,7 +62,8 @@ class RemoteBody(nn.Module):
             raise KwargError(
                 f"hidden states must be floating-point (batch, sequence, {self.hidden_size}), got {hidden_BTH.dtype} {tuple(hidden_BTH.shape)}"
             )
-        if isinstance(kwargs, Mapping) or not isinstance(kwargs, Iterable) or not all(isinstance(kwarg, Kwarg) for kwarg in kwargs):
+        kwargs = kwargs if isinstance(kwargs, Mapping) or not isinstance(kwargs, Iterable) else list(kwargs)  # a generator can be read once
+        if not isinstance(kwargs, list) or not all(isinstance(kwarg, Kwarg) for kwarg in kwargs):
             raise KwargError(f"kwargs must be a list of swarmtune.Kwarg, got {type(kwargs).__name__}")
         every = [*_library(hidden_BTH, attention_mask=attention_mask, position_ids=position_ids), *kwargs]
         plans = tuple(self._plan(kwarg, hidden_BTH) for kwarg in every)
@@ -74,6 +76,16 @@ class RemoteBody(nn.Module):
         call = BodyCall(self._loop, self._chain, plans, adapter, seed)
         output_BTH: Tensor = RemoteSequential.apply(call, hidden_BTH, *(kwarg.tensor for kwarg in every))
         return output_BTH
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """A connection cannot be copied.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "a remote model cannot be copied or pickled, because its body is a connection: save what learns with model.adapter.save_pretrained"
+        )
 
     def initial(
         self, names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], spec: AdapterSpec | None = None, rng: Tensor | None = None

@@ -76,6 +76,8 @@ def check_trainer_flags(flags: Mapping[str, Any]) -> None:
             raise UsageError(f"trainer.{name} must be above 0, got {value}")
     if str(flags.get("precision")).startswith(("64", "transformer-engine")):
         raise UsageError(f"trainer.precision={flags['precision']} is not supported: adapters are float32 (32-true) or lower")
+    if str(flags.get("precision")) == "16-true":
+        raise UsageError("trainer.precision=16-true is not supported: adapters do not learn in float16; use 16-mixed, bf16-mixed or bf16-true")
     for name in ("devices", "num_nodes"):
         if flags.get(name, 1) not in (1, "1"):
             raise UsageError(f"trainer.{name}={flags[name]} is not supported: training is one process on one device (the servers do the work); use 1")

@@ -258,16 +258,18 @@ def test_a_head_for_another_number_of_labels_is_refused_in_one_sentence(trained:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_over_half_precision_bodies_a_head_alone_is_float32_and_under_peft_it_is_as_peft_has_it(bloom: Path, dtype: torch.dtype) -> None:
+def test_over_half_precision_bodies_a_head_learns_in_float32(bloom: Path, dtype: torch.dtype) -> None:
     expected = local(bloom, "SEQ_CLS", config_of("bloom"), dtype=dtype)
     with loopback(bloom, dtype=dtype) as swarm:
         _, loss, grads = step(classifier(bloom, swarm, "SEQ_CLS"), inputs("SEQ_CLS"))
         assert torch.isfinite(loss)
         assert all(grad.dtype is torch.float32 and bool(torch.isfinite(grad).all()) for grad in grads.values())
         model = classifier(bloom, swarm, "SEQ_CLS", config_of("bloom"))
-        assert same_bits(trainable(expected), own(model))
+        assert all(torch.equal(value, own(model)[name].to(value.dtype)) for name, value in trainable(expected).items())
+        assert {value.dtype for value in own(model).values()} == {torch.float32}
+        assert torch.allclose(expected(**inputs("SEQ_CLS")).logits.float(), model(**inputs("SEQ_CLS")).logits.float(), atol=2e-2)
         set_values([trainable(expected), own(model)])
         here, there = step(expected, inputs("SEQ_CLS")), step(model, inputs("SEQ_CLS"))
-    assert torch.equal(here[0], there[0])
-    assert {name: grad.dtype for name, grad in here[2].items()} == {name: grad.dtype for name, grad in there[2].items()}
-    assert same_bits(here[2], there[2]) or (dtype is torch.float16 and worst_difference(here[2], there[2]) <= 1e-2)
+    assert torch.allclose(here[0].float(), there[0].float(), atol=2e-2)
+    assert {grad.dtype for grad in there[2].values()} == {torch.float32}
+    assert worst_difference({name: grad.float() for name, grad in here[2].items()}, there[2]) <= 5e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,9 @@ from swarmtune import DeepPromptConfig, HeadConfig, StandInConfig
 from swarmtune.adapters import adapter as adapter_module
 from swarmtune.adapters.adapter import offline_adapter, parse
 from swarmtune.adapters.tuners import PROMPT_LEARNING
-from swarmtune.errors import AdapterUnsupported, UsageError
+from swarmtune.errors import AdapterUnsupported, KwargError, UsageError
 from swarmtune.skeleton import load_config
+from swarmtune.types import Kwarg
 from tests.corridor.test_adapters import CASES, inputs
 from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
@@ -349,8 +351,8 @@ def test_a_directory_with_files_of_the_user_is_not_replaced(bloom: Path, tmp_pat
 @pytest.mark.parametrize(
     ("saved", "wanted", "sentence"),
     [
-        ("deep prompts", "head", r"there is no head\.safetensors"),
-        ("head", "deep prompts", r"there is no deep_prompts\.safetensors"),
+        ("deep prompts", "head", r"has a part \(deep prompts\)"),
+        ("head", "deep prompts", r"has a part \(head\)"),
         ("lora and deep prompts", "all of them", r"there is no stand_in\.safetensors|there is no head\.safetensors"),
         ("deep prompts", "lora and deep prompts", r"there is no adapter_model\.safetensors"),
     ],
@@ -496,3 +498,39 @@ def test_values_of_a_configuration_that_are_wrong_are_a_usage_error(bloom: Path,
         try_to_load(bloom, saved[kind])
     finally:
         path.write_bytes(whole)
+
+
+def test_parameters_replaced_in_one_place_only_are_refused_when_used_and_when_saved(bloom: Path, tmp_path: Path) -> None:
+    """They would learn, or be saved, without any effect on the model."""
+    with loopback(bloom) as swarm:
+        model = remote(bloom, swarm, CASES["lora on stem and head"].config("bloom"))
+        model.adapter.load_state_dict(copy.deepcopy(model.adapter.state_dict()), assign=True)
+        for use in (lambda: model(**batch()), lambda: model.adapter.save_pretrained(tmp_path / "adapter")):
+            with pytest.raises(UsageError, match=r"was replaced and is not what the model uses any more"):
+                use()
+        model = remote(bloom, swarm, HeadConfig())
+        model.tie_weights()
+        with pytest.raises(UsageError, match=r"is not the model's head any more"):
+            model(**batch())
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_saved_adapter_with_more_parts_is_no_silent_half(bloom: Path, tmp_path: Path) -> None:
+    with loopback(bloom) as swarm:
+        both = remote(bloom, swarm, [lora("bloom"), DeepPromptConfig(num_tokens=2)])
+        both.adapter.save_pretrained(tmp_path / "both")
+        with pytest.raises(UsageError, match=r"has a part \(deep prompts\) that this adapter does not have"):
+            remote(bloom, swarm, lora("bloom")).adapter.load_pretrained(tmp_path / "both")
+
+
+def test_a_remote_model_is_not_copied_and_a_generator_of_kwargs_counts(bloom: Path) -> None:
+    with loopback(bloom) as swarm:
+        model = remote(bloom, swarm)
+        with pytest.raises(UsageError, match="cannot be copied or pickled"):
+            copy.deepcopy(model)
+        hidden, prompt = torch.randn(1, 4, 48), torch.randn(2, 48)
+        listed = model.body(hidden, kwargs=[Kwarg("prompt", prompt)])
+        assert torch.equal(listed, model.body(hidden, kwargs=(Kwarg("prompt", prompt) for _ in range(1))))
+        assert not torch.equal(listed, model.body(hidden))
+        with pytest.raises(KwargError, match="axes must be a mapping"):
+            Kwarg("prompt", prompt, axes=["batch"])  # type: ignore[arg-type]

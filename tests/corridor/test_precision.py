@@ -9,6 +9,7 @@ import torch
 
 from swarmtune.errors import NonFinite
 from swarmtune.types import Kwarg
+from tests.adapter_cases import CASES
 from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
 HALF = (torch.bfloat16, torch.float16)
@@ -58,6 +59,32 @@ def test_adapters_and_their_gradients_are_float32_over_any_body(bloom: Path, dty
         _, _, grads = step(model, batch())
     assert {parameter.dtype for parameter in model.adapter.parameters()} == {torch.float32}
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "name", ["ln_tuning", "lora and a whole norm", "lora with all biases", "lora on stem and head", "adalora", "trainable tokens"]
+)
+def test_copies_of_norms_and_biases_learn_in_float32_over_half_bodies_and_reload_as_they_are(
+    bloom: Path, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    with loopback(bloom, dtype=dtype) as swarm:
+        model = remote(bloom, swarm, CASES[name].config("bloom")).train()
+        assert {parameter.dtype for parameter in model.adapter.parameters()} == {torch.float32}
+        assert not any("ranknum" in key for key, _ in model.adapter.named_parameters())
+        optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-2)
+        losses = []
+        for number in range(4):
+            loss = model(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            model.adapter.after_step(number)
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        model.eval().adapter.save_pretrained(tmp_path / "adapter")
+        again = remote(bloom, swarm, str(tmp_path / "adapter"))
+        assert torch.allclose(model(**batch()).logits, again(**batch()).logits, atol=0 if name != "adalora" else 1e-2)
 
 
 def test_a_forward_that_overflows_float16_names_the_block(bloom: Path) -> None:

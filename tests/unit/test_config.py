@@ -45,6 +45,7 @@ SENTENCES = {
     "": "say which recipe to run, such as recipe=lora_bloom",
     "recipe=lora_blom": f"there is no recipe 'lora_blom'; there are: {', '.join(options('recipe'))}; did you mean lora_bloom?",
     f"{RECIPE} trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be above 0, got 0",
+    f"{RECIPE} trainer.precision=16-true": "trainer.precision=16-true is not supported: adapters do not learn in float16; use 16-mixed",
     f"{RECIPE} trainer.precision=64-true": "trainer.precision=64-true is not supported: adapters are float32 (32-true) or lower",
     f"{RECIPE} optimizer.lr=inf": "optimizer.lr must be a finite number above 0, got inf",
     f"{RECIPE} data.split=test": "data.split needs data=PATH or ID",
