@@ -136,10 +136,12 @@ def _load(
     if not hasattr(swarm, "open_model"):
         raise UsageError(f"swarm must be a connection from swarmtune.connect, got {type(swarm).__name__}")
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("the meta device holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device must be one that is available here, got {device!r}: {str(error).splitlines()[0][:150]}") from error
-    recipes = _for_task(parse(adapter), head)
+    recipes = for_task(parse(adapter), head)
     name = os.fspath(model)
     config = load_config(name)
     digest, site = config_digest(config), check_identity(config)
@@ -161,7 +163,7 @@ def _load(
     return loaded
 
 
-def _for_task(recipes: Sequence[Recipe], head: Head) -> list[Recipe]:
+def for_task(recipes: Sequence[Recipe], head: Head) -> list[Recipe]:
     """The parts for a model with this head; a classifier's head learns in any case.
 
     Raises:

@@ -294,7 +294,7 @@ def _check_mix(recipes: Sequence[Recipe]) -> None:
         if isinstance(config, PeftConfig):
             if config.is_prompt_learning and DeepPromptConfig in own:
                 raise AdapterUnsupported(f"{type(config).__name__} and deep prompts both add virtual tokens: use one of them")
-            if HeadConfig in own and getattr(config, "modules_to_save", None):
+            if HeadConfig in own and set(getattr(config, "modules_to_save", None) or ()) & {"lm_head", "embed_out", "score", "classifier"}:
                 raise AdapterUnsupported("modules_to_save and HeadConfig both train the head: use one of them")
             if StandInConfig in own and getattr(config, "bias", "none") != "none":
                 raise AdapterUnsupported(

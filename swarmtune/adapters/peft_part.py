@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -127,7 +128,15 @@ class PeftPart:
     def _make_tuner(self, model: PreTrainedModel, site: LayerSite, initial: Initial | None, saved: Path | None) -> None:
         plain = plain_names(model)
         rng = torch.get_rng_state() if TUNERS[self.kind].draws else None
+        # PEFT adds both names of a classifier's head by itself, of which a model has one.
+        copied = [name for name in getattr(self.config, "modules_to_save", None) or () if name not in ("classifier", "score")]
         injected = inject(model, self.config)
+        wrappers = [name for name, module in injected.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        for name in copied:
+            if not any(f".{wrapper}".endswith(f".{name}") for wrapper in wrappers):
+                raise AdapterUnsupported(
+                    f"modules_to_save names {name!r}, and {type(model).__name__} has no such module that PEFT could copy: leave it out"
+                )
         self.config = injected.peft_config[ADAPTER_NAME]  # with what PEFT resolved
         for name, parameter in injected.named_parameters():
             if ".ranknum." in name:  # AdaLoRA's constant, which PEFT lets learn over half precision and never saves

@@ -46,9 +46,11 @@ def check(config: Config) -> str:
     Raises:
         UsageError: whatever is wrong.
     """
-    from swarmtune.adapters.adapter import offline_adapter
+    from swarmtune.adapters.adapter import offline_adapter, parse
     from swarmtune.app import load_recipe, server_spans, try_trainer
     from swarmtune.config import resolve_path
+    from swarmtune.data_schema import Format
+    from swarmtune.model import for_task
     from swarmtune.model_files import count_parameters
     from swarmtune.skeleton import check_identity, load_config
     from swarmtune.train.library_keys import peft_config
@@ -61,6 +63,8 @@ def check(config: Config) -> str:
     if local_path(path) is not None:
         Checkpoint(path)
     chosen = peft_config(config.adapter)
+    if config.data.format is Format.LABELS:
+        for_task(parse(chosen), "sequence_classification")
     adapter = offline_adapter(model_config, chosen, path)
     try_trainer(config.trainer)
     load_recipe(config.recipe)

@@ -534,3 +534,8 @@ def test_a_remote_model_is_not_copied_and_a_generator_of_kwargs_counts(bloom: Pa
         assert not torch.equal(listed, model.body(hidden))
         with pytest.raises(KwargError, match="axes must be a mapping"):
             Kwarg("prompt", prompt, axes=["batch"])  # type: ignore[arg-type]
+
+
+def test_modules_to_save_that_match_nothing_are_refused(bloom: Path) -> None:
+    with pytest.raises(AdapterUnsupported, match="modules_to_save names 'nope'"):
+        offline_adapter(load_config(str(bloom)), lora("bloom", modules_to_save=["ln_f", "nope"]), "a model")
