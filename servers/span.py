@@ -223,7 +223,7 @@ class Span:
             _check_parameter(program, kwarg, block, place, leaf)
             if place in bound.replacements:
                 raise KwargError(f"{kwarg.name} is given twice for block {block}")
-            bound.replacements[place] = leaf.to(_dtype_of(program, place)) if leaf.is_floating_point() else leaf
+            bound.replacements[place] = _cast(program, place, leaf) if family == "peft" else leaf.to(self.dtype)
 
     def _param_place(self, program: Program, kwarg: CallKwarg, block: int, name: str) -> tuple[str, ...]:
         place = program.frozen[block].get(name)
@@ -359,13 +359,13 @@ def _check_parameter(program: Program, kwarg: CallKwarg, block: int, place: str,
             raise KwargError(f"kwarg {kwarg.name} holds indices outside of the {size} that there are")
 
 
-def _dtype_of(program: Program, place: str) -> torch.dtype:
-    """The type in which a program computes with a tensor: PEFT keeps small matrices in float32, and copies of norms and biases in the served type."""
+def _cast(program: Program, place: str, leaf: Tensor) -> Tensor:
+    """A tuner's tensor as a program computes with it: copies of norms and biases in the served half type, small matrices as they came."""
     owner_name, _, name = place.rpartition(".")
     owner = program.parent.get_submodule(owner_name)
     found = owner._parameters[name] if name in owner._parameters else owner._buffers[name]
     assert found is not None, "names of a program come from its tensors"
-    return found.dtype
+    return leaf.to(found.dtype) if found.dtype in (torch.float16, torch.bfloat16) else leaf
 
 
 def _index_range(parent: nn.Module, owner_name: str) -> int:

@@ -41,13 +41,22 @@ def three(bloom: Path) -> Iterator[swarmtune.LocalSwarm]:
         yield servers
 
 
-@pytest.mark.parametrize("name", SAMPLE)
-def test_fresh_logits_loss_and_every_gradient_equal_peft(bloom: Path, three: swarmtune.LocalSwarm, name: str) -> None:
+@pytest.fixture(scope="module")
+def servers(models: dict[str, Path], three: swarmtune.LocalSwarm) -> Iterator[dict[str, list[str]]]:
+    """Addresses by family."""
+    with swarmtune.LocalSwarm(models["llama"], ["0:2", "2:4"], dtype="float32") as llama:
+        yield {"bloom": three.initial_peers, "llama": llama.initial_peers}
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [(name, "bloom") for name in SAMPLE] + [(name, "llama") for name in ("lora", "prefix tuning", "adaption prompt")]
+)
+def test_fresh_logits_loss_and_every_gradient_equal_peft(models: dict[str, Path], servers: dict[str, list[str]], name: str, family: str) -> None:
     case = CASES[name]
-    expected = local(bloom, case.config("bloom"))
-    with swarmtune.connect(three.initial_peers) as swarm:
+    expected = local(models[family], case.config(family))
+    with swarmtune.connect(servers[family]) as swarm:
         torch.manual_seed(7)
-        model = remote(bloom, swarm, case.config("bloom"))
+        model = remote(models[family], swarm, case.config(family))
         padded = inputs(case, padding="left")
         assert near(expected(**padded).logits, model(**padded).logits, case.logits)
         perturb(trainable(expected), dict(model.adapter.named_parameters()))
