@@ -170,8 +170,8 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path:
     ("words", "code", "sentence"),
     [
         (["adapter.target_modules=[nope]"], 2, "match nothing"),
-        (["adapter.peft_type=ADALORA"], 2, "ADALORA"),
-        (["adapter.lora_dropout=0.1"], 2, "lora_dropout"),
+        (["adapter.peft_type=OSF"], 2, "OSF"),
+        (["adapter=loha", "adapter.rank_dropout=0.1"], 2, "rank_dropout"),
         (["swarm.spans=['0:2']", "swarm.patience_s=2"], 2, "nobody serves blocks 2:4 of 0:4"),
         (["swarm.spans=['0:9']"], 2, "0:9"),
         (["model=bert"], 2, "a span of zero layers is not the identity"),
