@@ -9,7 +9,6 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import swarmtune
 from tests.e2e.test_main_job import POCKET, run, summary_of
 
 pytestmark = pytest.mark.e2e
@@ -49,7 +48,6 @@ def test_own_conversations_are_packed_over_the_blocks_of_a_llama(tmp_path: Path)
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.skipif(not hasattr(swarmtune, "load_sequence_classifier"), reason="needs swarmtune.load_sequence_classifier")
 def test_classes_train_and_leave_their_names_beside_the_adapter(tmp_path: Path) -> None:
     done = run(["recipe=lora_classify", *SHORT], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
