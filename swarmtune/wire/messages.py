@@ -340,6 +340,7 @@ class Fault:
     code: FaultCode
     detail: str
     block: int | None = None
+    retry_ms: int | None = None
 
     def to_message(self) -> Message:
         """As it travels; the detail is cut at 2000 characters."""
@@ -354,7 +355,13 @@ class Fault:
             raise WireError(f"detail must be a string of at most {MAX_DETAIL} characters")
         printable = "".join(character if character.isprintable() else " " for character in detail)
         known = FaultCode(code) if code in FaultCode._value2member_map_ else FaultCode.INTERNAL
-        return cls(known, printable, None if block is None else integer(block, "block", 0, 1 << 20))
+        retry_ms = message.fields.get("retry_ms")
+        return cls(
+            known,
+            printable,
+            None if block is None else integer(block, "block", 0, 1 << 20),
+            None if retry_ms is None else integer(retry_ms, "retry_ms", 1, 60_000),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +393,7 @@ class ServerInfo:
     name: str = ""
     rate_tok_s: int = 0
     family: str = ""
+    draining: bool = False
 
     @property
     def quantisation(self) -> str:
