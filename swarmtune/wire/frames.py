@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -186,7 +185,7 @@ class Incoming:
 
     Attributes:
         held_bytes: what it took from the budget, for whoever drops it to give back.
-        moved_at: monotonic instant of its last byte.
+        moved_at: instant of its last byte, on the clock of whoever feeds it.
     """
 
     kind: FrameKind
@@ -197,10 +196,10 @@ class Incoming:
     held_bytes: int
     checksum: int
     received: int = 0
-    moved_at: float = field(default_factory=time.monotonic)
+    moved_at: float = 0.0
 
     @classmethod
-    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget) -> Incoming:
+    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget, at: float = 0.0) -> Incoming:
         """Check a head frame; only then reserve and allocate the body that it declares.
 
         Raises:
@@ -225,9 +224,9 @@ class Incoming:
         except WireError:
             budget.release(held_bytes)
             raise
-        return cls(prefix.kind, prefix.request_id, header, specs, body, held_bytes, zlib.crc32(payload))
+        return cls(prefix.kind, prefix.request_id, header, specs, body, held_bytes, zlib.crc32(payload), moved_at=at)
 
-    def data(self, payload: bytes) -> None:
+    def data(self, payload: bytes, at: float = 0.0) -> None:
         """Append one data frame.
 
         Raises:
@@ -239,7 +238,7 @@ class Incoming:
         if not payload:
             raise WireError("a data frame carries nothing")
         self.body[self.received : end] = payload
-        self.received, self.moved_at = end, time.monotonic()
+        self.received, self.moved_at = end, at
         self.checksum = zlib.crc32(payload, self.checksum)
 
     def end(self, payload: bytes) -> None:
