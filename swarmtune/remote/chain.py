@@ -272,7 +272,8 @@ class Chain:
                     if now() - told_at >= TELL_EVERY_S:
                         told_at = now()
                         logger.warning("%s; looking for one, %.0f s left", error.detail, patience.remaining_s())
-                await self._directory.look_again(min(WAIT_S, max(0.0, patience.remaining_s())))
+                self._directory.look()
+                await asyncio.sleep(min(WAIT_S, max(0.0, patience.remaining_s())))
         finally:
             if number is not None:
                 del self.events.waiting[number]
