@@ -27,7 +27,7 @@ from swarmtune.remote.ledger import Ledger
 from swarmtune.remote.route import Directory
 from swarmtune.remote.verdict import Verdict, judge_lines
 from swarmtune.transport.loopback import LoopbackTransport, Streams
-from tests.harness import HandlerDiscovery, batch, lora, loopback, make_handler, remote, set_values, step
+from tests.harness import HandlerDiscovery, batch, loopback, lora, make_handler, remote, set_values, step
 
 LATENCY_S = 0.005
 COMPUTE_S = 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -86,7 +87,7 @@ def test_a_plan_that_is_kept_is_clean_and_counted() -> None:
 @given(st.lists(st.integers(1, 7), max_size=6, unique=True), st.permutations(range(7)))
 def test_any_cut_in_any_order_is_whole(cuts: list[int], order: list[int]) -> None:
     edges = [0, *sorted(cuts), 8]
-    spans = [BlockSpan(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    spans = [BlockSpan(a, b) for a, b in itertools.pairwise(edges)]
     lines = Lines()
     page = page_of(lines, blocks=8)
     page.begin("forward")
@@ -227,7 +228,7 @@ def test_a_history_of_a_killed_client_goes_on_after_its_torn_line(tmp_path: Path
 def test_a_file_that_is_no_history_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "history.jsonl"
     path.write_text(text)
-    with pytest.raises(UsageError, match="line [12]: not a line of a history"):
+    with pytest.raises(UsageError, match=r"line [12]: not a line of a history"):
         judge(path)
 
 
