@@ -392,9 +392,9 @@ class Simulator:
             return f"a step took {max(outcome.seconds):.0f} simulated seconds"
         return f"tasks were left behind: {outcome.left}" if outcome.left else ""
 
-    def every_fault(self) -> list[Fault]:
-        """One of each kind and phase at each point of the first step."""
-        return self._each(range(self.run([], steps=1).points))
+    def every_fault(self, **how: Any) -> list[Fault]:
+        """One of each kind and phase at each point of the first step, which begins as ``how`` says to ``run``."""
+        return self._each(range(self.run([], steps=1, **how).points))
 
     def every_second_fault(self, first: Fault) -> list[Fault]:
         """After ``first``: one of each kind and phase at each later point, those of the retry included."""

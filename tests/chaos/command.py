@@ -11,6 +11,7 @@ from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 VERBS = {
+    "simulate": (10_000, "faults at numbered points of steps, on a simulated clock"),
     "servers": (300, "SIGKILL a server in each step, at a seeded moment of it; never the last one of its blocks"),
 }
 
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found["servers"].add_argument("--mix", action="store_true", help="also freeze servers (SIGSTOP), some of which are killed while frozen")
     found["servers"].add_argument("--hard", action="store_true", help="kill as soon as another server runs, whether the client can know that or not")
     found["servers"].add_argument("--replicas", type=int, default=2, help="servers of each span")
+    found["simulate"].add_argument("--pairs", action="store_true", help="each fault at each point, alone and with each fault at each later point")
     judging = verbs.add_parser("judge", help="print the verdict on a history file; 1 if anything is found")
     judging.add_argument("file", type=Path)
     return made
