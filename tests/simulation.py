@@ -408,7 +408,8 @@ class Simulator:
         """One to four faults of a seed, anywhere in two steps; and how the run begins, for ``run``."""
         source = random.Random(seed)
         points = source.sample(range(self.points + self.points // 2), source.randint(1, 4))
-        faults = [Fault(point, kind := source.choice(sorted(PHASES)), source.choice(PHASES[kind])) for point in sorted(points)]
+        kinds = sorted(PHASES) + ["kill"] * (len(PHASES) - 1)  # every second one
+        faults = [Fault(point, kind := source.choice(kinds), source.choice(PHASES[kind])) for point in sorted(points)]
         return faults, {"warm": source.random() < 0.5, "cold": source.random() < 0.25}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 VERBS = {
-    "simulate": (10_000, "faults at numbered points of steps, on a simulated clock"),
+    "simulate": (10_000, "kills, and as many other faults, at numbered points of steps, on a simulated clock"),
     "servers": (300, "SIGKILL a server in each step, at a seeded moment of it; never the last one of its blocks"),
 }
 

@@ -18,7 +18,7 @@ MAX_WRONG = 20
 
 
 def run(options: argparse.Namespace) -> int:
-    """The campaign: ``count`` faults in seeded storms, or all of the first step one by one and two by two."""
+    """The campaign: ``count`` kills in seeded storms, with as many other faults, or all of the first step one by one and two by two."""
     logging.getLogger("swarmtune").setLevel(logging.ERROR)  # a simulated hour of warnings for each second
     torch.set_num_threads(1)
     campaign = Campaign("simulate pairs" if options.pairs else "simulate", options.count, options.seed, options.log)
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         for faults, how in cases:
             outcome = simulator.run(faults, **how)
             for fault in faults[: outcome.struck]:
-                campaign.fault(fault.kind, point=fault.point, phase=fault.phase)
+                campaign.fault(fault.kind, counted=options.pairs or fault.kind == "kill", point=fault.point, phase=fault.phase)
             wrong = simulator.wrong(outcome)
             if wrong:
                 campaign.error(f"{faults} {how}: {wrong}")
