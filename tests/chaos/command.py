@@ -12,6 +12,7 @@ from pathlib import Path
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 VERBS = {
     "servers": (300, "SIGKILL a server in each step, at a seeded moment of it; never the last one of its blocks"),
+    "cuts": (10_000, "cut streams at any byte of our frames, in both directions; some are damaged, stalled or slowed down"),
 }
 
 
