@@ -13,6 +13,7 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 VERBS = {
     "servers": (300, "SIGKILL a server in each step, at a seeded moment of it; never the last one of its blocks"),
     "cuts": (10_000, "cut streams at any byte of our frames, in both directions; some are damaged, stalled or slowed down"),
+    "daemons": (100, "kill the p2p daemons of the client and of servers; some are frozen"),
 }
 
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     found["servers"].add_argument("--mix", action="store_true", help="also freeze servers (SIGSTOP), some of which are killed while frozen")
     found["servers"].add_argument("--hard", action="store_true", help="kill as soon as another server runs, whether the client can know that or not")
     found["servers"].add_argument("--replicas", type=int, default=2, help="servers of each span")
+    found["daemons"].add_argument("--whose", choices=("both", "client", "server"), default="both", help="whose daemons")
     judging = verbs.add_parser("judge", help="print the verdict on a history file; 1 if anything is found")
     judging.add_argument("file", type=Path)
     return made
