@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -122,7 +122,7 @@ def finish_one(campaign: Campaign, words: list[str], log: Path, run_dir: Path, m
         checkpoints = run_dir / "checkpoints"
         stale = partials(checkpoints)  # what the last life left behind
         with campaign.bound(f"a life of {run_dir.name}", LIFE_BOUND_S), started(words, log) as life:
-            wait_for(moment, life, lambda: bool(partials(checkpoints) - stale), max_steps, campaign)
+            wait_for(moment, life, checkpoints, stale, max_steps, campaign)
             family = [life.pid, *descendants(life.pid)]
             partial = partials(checkpoints) - stale
             if life.kill():
@@ -139,7 +139,7 @@ def finish_one(campaign: Campaign, words: list[str], log: Path, run_dir: Path, m
             return
 
 
-def wait_for(moment: str, life: Life, saving: Callable[[], bool], max_steps: int, campaign: Campaign) -> None:
+def wait_for(moment: str, life: Life, checkpoints: Path, stale: set[str], max_steps: int, campaign: Campaign) -> None:
     """Until the moment to kill, or the end of the life."""
     random = campaign.random
     new_steps, fraction = random.randrange(MAX_NEW_STEPS), random.random()
@@ -153,7 +153,7 @@ def wait_for(moment: str, life: Life, saving: Callable[[], bool], max_steps: int
             due_at = life.began + 0.3 + 5 * fraction
         elif moment == "in a step" and len(life.steps) > new_steps:
             due_at = now + 0.5 * fraction
-        elif moment == "in a checkpoint" and len(life.steps) > new_steps and saving():
+        elif moment == "in a checkpoint" and len(life.steps) > new_steps and partials(checkpoints) - stale:
             due_at = now + 0.02 * fraction * (fraction > 0.3)
         elif moment == "at the end" and life.steps[-1:] == [max_steps]:
             due_at = now + 0.8 * fraction

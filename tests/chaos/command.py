@@ -15,6 +15,7 @@ VERBS = {
     "cuts": (10_000, "cut streams at any byte of our frames, in both directions; some are damaged, stalled or slowed down"),
     "daemons": (100, "kill the p2p daemons of the client and of servers; some are frozen"),
     "client": (50, "kill the training command, also inside checkpoints, and resume it until it is finished"),
+    "cycles": (200, "start and end servers and a client in every way; nothing of theirs may stay"),
 }
 
 
