@@ -101,7 +101,10 @@ class Campaign:
         self._told_at = at
         done, passed_s = self.counts["faults"], at - self._began
         left = f"{passed_s / done * (self.wanted - done) / 60:.1f} min left" if done else "no fault so far"
-        others = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()) if kind != "faults")
+        short: Counter[str] = Counter()
+        for kind, count in sorted(self.counts.items()):
+            short[kind.partition(":")[0]] += count * (kind != "faults")
+        others = ", ".join(f"{count} {kind}" for kind, count in short.items() if count)
         bad = f", {len(self.different)} DIFFERENT, {self.hangs} HANGS, {len(self.errors)} ERRORS" * bool(self.different or self.hangs or self.errors)
         print(
             f"{self.name}: {done}/{self.wanted} faults ({others}) in {self.steps} steps, {done / passed_s * 60:.1f} a minute, {left}{bad}", flush=True

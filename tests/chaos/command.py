@@ -13,6 +13,10 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 VERBS = {
     "simulate": (10_000, "kills, and as many other faults, at numbered points of steps, on a simulated clock"),
     "servers": (300, "SIGKILL a server in each step, at a seeded moment of it; never the last one of its blocks"),
+    "cuts": (10_000, "cut streams at any byte of our frames, in both directions; some are damaged, stalled or slowed down"),
+    "daemons": (100, "kill the p2p daemons of the client and of servers; some are frozen"),
+    "client": (50, "kill the training command, also inside checkpoints, and resume it until it is finished"),
+    "cycles": (200, "start and end servers and a client in every way; nothing of theirs may stay"),
 }
 
 
@@ -47,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     found["servers"].add_argument("--hard", action="store_true", help="kill as soon as another server runs, whether the client can know that or not")
     found["servers"].add_argument("--replicas", type=int, default=2, help="servers of each span")
     found["simulate"].add_argument("--pairs", action="store_true", help="each fault at each point, alone and with each fault at each later point")
+    found["daemons"].add_argument("--whose", choices=("both", "client", "server"), default="both", help="whose daemons")
+    found["client"].add_argument("--steps", type=int, default=40, help="optimizer steps of one run")
     judging = verbs.add_parser("judge", help="print the verdict on a history file; 1 if anything is found")
     judging.add_argument("file", type=Path)
     return made

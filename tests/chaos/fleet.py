@@ -53,6 +53,11 @@ class Fleet:
         with self._lock:
             return all(state == UP for state in self._states.values())
 
+    def ended(self) -> list[ManagedServer]:
+        """Servers that nobody killed here and that do not run any more."""
+        with self._lock:
+            return [server for server, state in self._states.items() if state == UP and not server.alive and not self.closed]
+
     def _is_spare(self, server: ManagedServer, whoever: bool = False) -> bool:
         others = [each for each, state in self._states.items() if each is not server and each.span == server.span and state == UP]
         if self.patient and not whoever:

@@ -23,13 +23,13 @@ class Calls:
 
     Attributes:
         asked: called on the loop thread with way and peer, before a request leaves.
+        succeeded: called on the loop thread with the monotonic instants at which a call was asked and answered.
         seconds: what the latest calls took.
-        answered: monotonic instants at which the latest calls were asked and answered.
     """
 
     asked: Callable[[str, str], None] = lambda way, peer: None
+    succeeded: Callable[[float, float], None] = lambda began, ended: None
     seconds: list[float] = field(default_factory=list)
-    answered: list[tuple[float, float]] = field(default_factory=list)
 
     def usual_s(self) -> float:
         """Median of what calls take."""
@@ -49,7 +49,7 @@ class Calls:
             answer = await call(peer, request, timeout_s)
             ended = time.monotonic()
             self.seconds = [*self.seconds[-63:], ended - began]
-            self.answered = [*self.answered[-63:], (began, ended)]
+            self.succeeded(began, ended)
             return answer
 
         node.call = watched
