@@ -145,6 +145,7 @@ async def _work(
     await _start_node(config, parent, node)
     reachable = await _reach(node, config.initial_peers)
     await directory.start(node.p2p, reachable, client=False)
+    node.rebuilt.append(lambda: directory.restart(node.p2p, list(config.initial_peers), client=False))
     await node.serve(handler)
     _say_ready(config, handler.info, node.addresses)
     if parent is not None:
@@ -162,7 +163,7 @@ async def _work(
             task.cancel()
     for task in done:
         task.result()
-    raise SwarmError("the p2p daemon of this server ended, so nobody can reach it: start the server again")
+    raise SwarmError("the p2p daemon of this server ended and could not be started again, so nobody can reach it: start the server again")
 
 
 def _say_ready(config: ServeConfig, info: ServerInfo, addresses: Sequence[str]) -> None:

@@ -179,6 +179,10 @@ class Connection:
             if future.done() and not future.cancelled():
                 future.exception()  # it may have failed in the moment in which the caller gave up
 
+    def abort(self, reason: str) -> None:
+        """End the stream at once; every open request fails with ``reason``."""
+        self._fail(TransportError(f"the connection to peer {self.peer} ended: {reason}"))
+
     async def close(self) -> None:
         """Stop reading, cancel what is being answered, close the stream."""
         self._fail(TransportError(f"the connection to peer {self.peer} was closed"))
