@@ -44,7 +44,7 @@ ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL", "SIGINT in a c
            "SIGINT while starting", "SIGTERM while starting", "SIGKILL while starting")  # fmt: skip
 READY_BOUND_S, END_BOUND_S, GONE_BOUND_S = 90.0, 60.0, 20.0
 STARTING_S = (0.3, 6.0)
-PRIVATE = 'mount --bind "$1" /tmp && mount --bind "$2" /dev/shm && shift 2 && exec "$@"'
+PRIVATE = 'mount --bind "$2" /dev/shm && mount --bind "$1" /tmp && shift 2 && exec "$@"'
 
 
 class Place:
