@@ -50,7 +50,7 @@ class Link:
     jitter_ms: float = 0.0
     """The delay varies evenly by up to this much, up and down. Packets of one direction do not overtake each other."""
     loss: float = 0.0
-    """The probability that a packet is dropped, from 0 to 1. The same seed drops the n-th packet of a direction or lets it pass, whenever it comes."""
+    """How likely a packet is dropped, from 0 to 1. The same seed drops the n-th packet of a direction or lets it pass, whenever it comes."""
     rate_mbit: float | None = None
     """Megabits a second, IP headers included; ``None`` is without a limit."""
     queue_ms: float = 200.0
@@ -72,7 +72,7 @@ PRESETS = {"lan": Link(), "wan": Link(delay_ms=12.5, rate_mbit=100), "wan4": Lin
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Packets of one host since the lab began. One that a link has dropped counts at the host of that link, one that a cut has dropped at its sender."""
+    """Packets of one host since the lab began. One that a link has dropped counts at the host of that link, one of a cut at its sender."""
 
     sent_packets: int
     sent_bytes: int

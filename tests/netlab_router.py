@@ -1,6 +1,6 @@
 """The process behind a lab: passes packets between TUN devices, late or not at all; and removes the lab when its owner ends.
 
-``tests/netlab.py`` starts it and talks to it in lines of JSON over its standard input and output. The end of the input is the end of the owner, however
+``tests/netlab.py`` starts it and talks to it in lines of JSON over its standard input and output. Its end is the end of the owner, however
 that came, so namespaces, devices and all that runs inside go even after SIGKILL. Where the kernel's netem does the work, it holds no devices
 and is the keeper only.
 
