@@ -183,11 +183,12 @@ def test_nothing_is_left_however_the_owner_ends(ending: str) -> None:
     )
     assert owner.stdin is not None
     assert owner.stdout is not None
-    with owner.stdin, owner.stdout:
+    with owner.stdin, owner.stdout, ExitStack() as stack:
+        stack.callback(owner.kill)
         router, child = map(int, owner.stdout.readline().split())
         names = {f"swarmtune-{owner.pid}-{host}" for host in "xy"}
         assert names <= namespaces()
-        assert set(processes_in(sorted(names))) == {child}
+        assert soon(lambda: set(processes_in(sorted(names))) == {child})
         if ending in ("normal", "exception"):
             owner.stdin.write(f"{ending}\n")
             owner.stdin.flush()
