@@ -16,6 +16,7 @@ VERBS = {
     "cuts": (10_000, "cut streams at any byte of our frames, in both directions; some are damaged, stalled or slowed down"),
     "daemons": (100, "kill the p2p daemons of the client and of servers; some are frozen"),
     "client": (50, "kill the training command, also inside checkpoints, and resume it until it is finished"),
+    "soak": (20, "train for an hour with a fault every few minutes; memory, descriptors and threads must not grow"),
     "cycles": (200, "start and end servers and a client in every way; nothing of theirs may stay"),
 }
 
@@ -53,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     found["simulate"].add_argument("--pairs", action="store_true", help="each fault at each point, alone and with each fault at each later point")
     found["daemons"].add_argument("--whose", choices=("both", "client", "server"), default="both", help="whose daemons")
     found["client"].add_argument("--steps", type=int, default=40, help="optimizer steps of one run")
+    found["soak"].add_argument("--minutes", type=float, default=60.0, help="how long")
+    found["soak"].add_argument("--pause-s", type=float, default=0.2, help="between steps")
     judging = verbs.add_parser("judge", help="print the verdict on a history file; 1 if anything is found")
     judging.add_argument("file", type=Path)
     return made
