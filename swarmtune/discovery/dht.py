@@ -150,6 +150,11 @@ class DirectoryNode:
                 blacklist_time=0.0,
             )
 
+    @property
+    def started(self) -> bool:
+        """Whether this participant can store and find."""
+        return self._node is not None
+
     async def greet(self, peer: str) -> None:
         """Meet a peer that was not there at the start."""
         assert self._node is not None, "greet before start"
