@@ -48,7 +48,7 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s))
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining)
 
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""

@@ -159,6 +159,11 @@ class DirectoryNode:
         await self.close()
         await self.start(p2p, initial_peers, client=client)
 
+    @property
+    def started(self) -> bool:
+        """Whether this participant can store and find."""
+        return self._node is not None
+
     async def greet(self, peer: str) -> None:
         """Meet a peer that was not there at the start."""
         async with _deadline("greet a peer", FIND_TIMEOUT_S):

@@ -32,7 +32,7 @@ from swarmtune.wire import messages
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Budget, FrameKind, Incoming, Prefix, WireLimits
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import AdapterSpec, CallKwarg, Fault, FaultCode, SpanCall, SpanResult
+from swarmtune.wire.messages import AdapterSpec, CallKwarg, Fault, FaultCode, ServerInfo, SpanCall, SpanResult
 from tests.corridor.test_adapters import CASES, pytestmark  # noqa: F401  # what PEFT warns of is the same here
 from tests.harness import make_handler
 
@@ -772,9 +772,10 @@ def test_a_draining_server_refuses_work_and_still_describes_itself(handler: Call
     handler.draining = True
     try:
         assert refusal(handler, call(handler).to_message(), caplog).code is FaultCode.DRAINING
-        assert ask(handler, Message("info")).kind == "info"
+        assert ServerInfo.from_json(ask(handler, Message("info")).fields).draining
     finally:
         handler.draining = False
+    assert not ServerInfo.from_json(ask(handler, Message("info")).fields).draining
 
 
 def test_a_description_is_the_same_with_a_body_that_measures_the_line(handler: CallHandler) -> None:
