@@ -116,9 +116,9 @@ class Swarm:
         """What goes on now, one for each model opened; from any thread, also while a call waits."""
         return [opened.chain.status() for opened in list(self._models.values())]
 
-    def events(self) -> list[SwarmEvent]:
-        """The latest things that went wrong, oldest first."""
-        return sorted((event for log in self._logs() for event in list(log.latest)), key=lambda event: event.at)
+    def events(self, after: float = 0.0) -> list[SwarmEvent]:
+        """The latest things that went wrong, oldest first; those after a monotonic instant."""
+        return sorted((event for log in self._logs() for event in list(log.latest) if event.at > after), key=lambda event: event.at)
 
     def _logs(self) -> list[EventLog]:
         return [self._own_events, *(opened.chain.events for opened in list(self._models.values()))]

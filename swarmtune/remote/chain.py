@@ -354,9 +354,11 @@ class Chain:
         return result
 
     def _count(self, fault: PeerFault, hop: Hop, lost_s: float) -> None:
-        kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW, PeerCutOff: EventKind.DAEMON}
+        kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW, PeerCutOff: EventKind.CUT_OFF}
         kind = kinds.get(type(fault), EventKind.FAILED)
-        server = "" if kind is EventKind.DAEMON else self._label(hop.peer)
+        server = "" if kind is EventKind.CUT_OFF else self._label(hop.peer)
+        if server:
+            self._totals(hop.peer).lost_s += lost_s
         self.events.add(kind, str(fault), server=server, span=hop.span, lost_s=lost_s, at=now())
 
     def _notice_move(self, hop: Hop) -> None:
