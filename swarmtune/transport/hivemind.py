@@ -30,7 +30,7 @@ from swarmtune.discovery.records import joinable, peer_of
 from swarmtune.errors import ServerStartFailed
 from swarmtune.transport.base import Handler, Traffic, TransportError
 from swarmtune.transport.connection import Connection, close_writer
-from swarmtune.wire.frames import Budget, Encoded, Incoming, WireLimits
+from swarmtune.wire.frames import Budget, Encoded, Incoming, Share, WireLimits
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,8 @@ class HivemindNode:
                     return
                 await min(idle, key=idle.__getitem__).close()
             peer = info.peer_id.to_base58()
-            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=self._budget, traffic=self.traffic)
+            share = Share(self._budget, peer)
+            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=share, traffic=self.traffic)
             self._served.add(connection)
             try:
                 await connection.open()
