@@ -15,7 +15,7 @@ from swarmtune.errors import WireError
 from swarmtune.transport.base import Handler, Traffic, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.wire.codec import encode
-from swarmtune.wire.frames import PREFIX, Budget, BudgetFull, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json, parse_json
+from swarmtune.wire.frames import PREFIX, Budget, BudgetFull, Encoded, FrameKind, Incoming, Prefix, Share, WireLimits, dump_json, parse_json
 from swarmtune.wire.messages import Fault, FaultCode
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ STALL_S = 60.0
 """How long a message under way may stand still, in either direction."""
 FLUSH_S = 2.0
 MAX_CONTROL = 1024
+NO_ROOM_RETRY_MS = 500
+"""When to ask again whoever had no room for a message: nobody knows how fast the messages under way come in."""
 UNKNOWN, ARRIVING, ANSWERING = 0, 1, 2
 """What a PONG says of the call that its PING asked about: not here, still coming in, being answered."""
 WRITE_BUFFER_BYTES = 1 << 20
@@ -72,7 +74,7 @@ class Connection:
         peer: str,
         handler: Handler | None = None,
         limits: WireLimits | None = None,
-        budget: Budget | None = None,
+        budget: Budget | Share | None = None,
         traffic: Traffic | None = None,
     ) -> None:
         self.peer = peer
@@ -316,7 +318,7 @@ class Connection:
             raise WireError("too many messages begun while there is no room for them") from error
         self._dropping.add(prefix.request_id)
         if prefix.kind is FrameKind.CALL:
-            task = self._start(self._refuse(prefix.request_id, encode(Fault(FaultCode.BUSY, str(error)).to_message())))
+            task = self._start(self._refuse(prefix.request_id, encode(Fault(FaultCode.BUSY, str(error), retry_ms=NO_ROOM_RETRY_MS).to_message())))
             self._refusing.add(task)
             task.add_done_callback(self._refusing.discard)
             return

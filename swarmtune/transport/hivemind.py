@@ -31,7 +31,7 @@ from swarmtune.transport.base import Handler, NodeLost, Traffic, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.transport.connection import Connection, close_writer
 from swarmtune.transport.daemon import Daemon
-from swarmtune.wire.frames import Budget, Encoded, Incoming, WireLimits
+from swarmtune.wire.frames import Budget, Encoded, Incoming, Share, WireLimits
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,8 @@ class HivemindNode:
                     return
                 await min(idle, key=idle.__getitem__).close()
             peer = info.peer_id.to_base58()
-            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=self._budget, traffic=self.traffic)
+            share = Share(self._budget, peer)
+            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=share, traffic=self.traffic)
             self._served.add(connection)
             try:
                 await connection.open()

@@ -11,7 +11,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -163,6 +163,7 @@ class Budget:
 
     limit_bytes: int
     used_bytes: int = 0
+    by_peer: dict[str, int] = field(default_factory=dict)
 
     def reserve(self, size: int) -> None:
         """Take ``size`` bytes.
@@ -177,6 +178,33 @@ class Budget:
     def release(self, size: int) -> None:
         """Give back what ``reserve`` took."""
         self.used_bytes -= size
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one peer may take of a budget, on all its streams together: half of it, or one message where that is more."""
+
+    budget: Budget
+    peer: str
+
+    def reserve(self, size: int) -> None:
+        """Take ``size`` bytes.
+
+        Raises:
+            BudgetFull: that would exceed the peer's share, or the limit of all.
+        """
+        held = self.budget.by_peer.get(self.peer, 0)
+        if held and held + size > self.budget.limit_bytes // 2:
+            raise BudgetFull(f"a message of {size} bytes does not fit now: this peer holds {held} of at most {self.budget.limit_bytes // 2} bytes")
+        self.budget.reserve(size)
+        self.budget.by_peer[self.peer] = held + size
+
+    def release(self, size: int) -> None:
+        """Give back what ``reserve`` took."""
+        self.budget.release(size)
+        left = self.budget.by_peer.pop(self.peer) - size
+        if left:
+            self.budget.by_peer[self.peer] = left
 
 
 @dataclass(slots=True)
@@ -199,7 +227,7 @@ class Incoming:
     moved_at: float = 0.0
 
     @classmethod
-    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget, at: float = 0.0) -> Incoming:
+    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget | Share, at: float = 0.0) -> Incoming:
         """Check a head frame; only then reserve and allocate the body that it declares.
 
         Raises:
