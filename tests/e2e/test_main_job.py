@@ -121,9 +121,8 @@ def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: 
     assert verdict.passes > 2 * 12 * 2
 
     said = gone_run(tmp_path, [*words, "swarm.patience_s=3", "run_dir=gone"])
-    assert "nobody serves blocks 0:2, 2:4 of 0:4" in said
-    assert re.search(r"looking for one, [123] s left", said)
-    assert re.search(r"waited 3 s; last failure: peer .*; step \d+ is saved: go on with swarmtune resume=gone", said)
+    assert re.search(r"nobody serves blocks 0:\d.* of 0:4; .*; looking for one, [0-3] s left", said), said
+    assert re.search(r"waited 3 s; last failure: peer .*; step \d+ is saved: go on with swarmtune resume=\S*gone", said), said
     assert run(["resume=gone"], tmp_path).returncode == 0
     assert_same_adapter(tmp_path / "quiet", tmp_path / "gone")
 
