@@ -30,10 +30,10 @@ def campaign(log: Path, *words: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
-        (("servers", "--count", "3", "--mix"), "kills"),
-        (("cuts", "--count", "60"), "cut up"),
-        (("daemons", "--count", "4"), "kills"),
-        (("soak", "--count", "2", "--minutes", "0.2"), "kills"),
+        (("servers", "--count", "2", "--mix"), "kills"),
+        (("cuts", "--count", "40"), "cut up"),
+        (("daemons", "--count", "3"), "kills"),
+        (("soak", "--count", "2", "--minutes", "0.1"), "kills"),
         (("simulate", "--count", "40"), "kill"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -45,12 +45,12 @@ def test_a_short_campaign_is_good(tmp_path: Path, words: tuple[str, ...], kind: 
 
 
 def test_a_killed_client_resumes_to_the_same_adapter(tmp_path: Path) -> None:
-    verdict = campaign(tmp_path / "log", "client", "--count", "2", "--steps", "6")
+    verdict = campaign(tmp_path / "log", "client", "--count", "1", "--steps", "4")
     assert verdict["bitwise"]
 
 
 def test_nothing_stays_after_starts_and_ends(tmp_path: Path) -> None:
-    assert campaign(tmp_path / "log", "cycles", "--count", "2")["errors"] == []
+    assert campaign(tmp_path / "log", "cycles", "--count", "1")["errors"] == []
 
 
 @pytest.mark.parametrize("ruin", ["different", "error", "hang", "too few"])
