@@ -15,7 +15,8 @@
         ├── PeerFault           one server failed or was silent; another may do better
         │   ├── PeerBusy        it has no room now, and says when to ask again
         │   ├── PeerDraining    it is shutting down and takes no new work
-        │   └── PeerSlow        it took much longer than calls of its kind do, and another server can do the work
+        │   ├── PeerSlow        it took much longer than calls of its kind do, and another server can do the work
+        │   └── PeerCutOff      our own way to it broke, which is no fault of the peer
         └── ServerStartFailed   a bundled server ended before it was ready
 
 Each carries its data as attributes, pickles, and is chained to its cause.
@@ -128,6 +129,10 @@ class PeerDraining(PeerFault):
 
 class PeerSlow(PeerFault):
     """A server took much longer than calls of its kind do, and another one can do the work."""
+
+
+class PeerCutOff(PeerFault):
+    """This side's own way into the network broke during a call; it is being repaired, and the peer may be as well as before."""
 
 
 class NotExact(SwarmError):

@@ -82,6 +82,7 @@ class Swarm:
     def __init__(self, loop: LoopThread, transport: Transport, discovery: Discovery, settings: ChainSettings, ledger: Ledger | None = None) -> None:
         self.loop, self.settings = loop, settings
         self._ledger = ledger or Ledger()
+        self._own_events = EventLog()
         self._transport, self._discovery = transport, discovery
         self._models: dict[str, OpenModel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,12 +116,17 @@ class Swarm:
         """What goes on now, one for each model opened; from any thread, also while a call waits."""
         return [opened.chain.status() for opened in list(self._models.values())]
 
-    def events(self) -> list[SwarmEvent]:
-        """The latest things that went wrong, oldest first."""
-        return sorted((event for log in self._logs() for event in list(log.latest)), key=lambda event: event.at)
+    def events(self, after: float = 0.0) -> list[SwarmEvent]:
+        """The latest things that went wrong, oldest first; those after a monotonic instant."""
+        return sorted((event for log in self._logs() for event in list(log.latest) if event.at > after), key=lambda event: event.at)
 
     def _logs(self) -> list[EventLog]:
-        return [opened.chain.events for opened in list(self._models.values())]
+        return [self._own_events, *(opened.chain.events for opened in list(self._models.values()))]
+
+    def daemon_replaced(self, sentence: str, seconds: float) -> None:
+        """Remember that this process needed another p2p daemon."""
+        logger.warning("%s", sentence)
+        self._own_events.add(EventKind.DAEMON, sentence, lost_s=seconds)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the results of the models opened so far: digests of configurations and weights, and the servers' modes and numeric classes."""
@@ -351,7 +357,9 @@ def connect(
         loop.close()
         ledger.close()
         raise
-    return Swarm(loop, node, discovery, settings, ledger)
+    swarm = Swarm(loop, node, discovery, settings, ledger)
+    node.told = swarm.daemon_replaced
+    return swarm
 
 
 class HivemindLoop(LoopThread):
@@ -385,8 +393,10 @@ class HivemindLoop(LoopThread):
                 f"none of the initial peers answered within {patience_s:.0f} s: {', '.join(addresses)}; swarmtune doctor --peer ADDRESS says why"
             ) from error
         discovery.joined()
-        await self._directory.start(self._node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
-        return self._node, discovery
+        node, directory = self._node, self._directory
+        await directory.start(node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
+        node.rebuilt.append(lambda: directory.restart(node.p2p, addresses, client=True))
+        return node, discovery
 
     async def _cancel_all(self) -> None:
         try:

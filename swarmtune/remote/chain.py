@@ -15,14 +15,25 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerBusy, PeerDraining, PeerFault, PeerSlow, SwarmError, WireError
+from swarmtune.errors import (
+    BlocksUnserved,
+    KwargError,
+    NonFinite,
+    PeerBusy,
+    PeerCutOff,
+    PeerDraining,
+    PeerFault,
+    PeerSlow,
+    SwarmError,
+    WireError,
+)
 from swarmtune.remote.batch import Batch, Leg, MicroResult
 from swarmtune.remote.deadlines import CallTimes, Patience
 from swarmtune.remote.events import EventKind, EventLog, SwarmStatus, Waiting
 from swarmtune.remote.ledger import Ledger, Page, Way
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.remote.totals import ChainCounters, ServerTotals, label_of
-from swarmtune.transport.base import Transport, TransportError
+from swarmtune.transport.base import NodeLost, Transport, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan
 from swarmtune.wire.codec import Message, decode, encode
@@ -85,7 +96,7 @@ class Chain:
         self.counters, self.events = ChainCounters(), EventLog()
         self._times = CallTimes()
         self._running: dict[int, Hop] = {}
-        self._waits = 0
+        self._waits, self._told_at = 0, -math.inf
 
     @property
     def num_blocks(self) -> int:
@@ -257,7 +268,7 @@ class Chain:
 
     async def _route(self, span: BlockSpan, tokens: int, patience: Patience) -> list[Hop]:
         """A route for ``span`` now, or as soon as there is one, within the patience."""
-        began, number, told_at = now(), None, -math.inf
+        began, number = now(), None
         try:
             while True:
                 try:
@@ -269,10 +280,11 @@ class Chain:
                         await asyncio.sleep(min(busy_s, patience.remaining_s()))
                         continue
                     number = self._wait_visibly(number, error, patience)
-                    if now() - told_at >= TELL_EVERY_S:
-                        told_at = now()
+                    if now() - self._told_at >= TELL_EVERY_S:
+                        self._told_at = now()
                         logger.warning("%s; looking for one, %.0f s left", error.detail, patience.remaining_s())
-                await self._directory.look_again(min(WAIT_S, max(0.0, patience.remaining_s())))
+                self._directory.look()
+                await asyncio.sleep(min(WAIT_S, max(0.0, patience.remaining_s())))
         finally:
             if number is not None:
                 del self.events.waiting[number]
@@ -295,8 +307,9 @@ class Chain:
         if isinstance(fault, PeerBusy):
             self._directory.busy(fault.peer, fault.retry_s)
             over = patience.wait_for(fault.retry_s, fault)
-        elif isinstance(fault, PeerDraining):
-            self._directory.draining(fault.peer)
+        elif isinstance(fault, PeerDraining | PeerCutOff):
+            if isinstance(fault, PeerDraining):
+                self._directory.draining(fault.peer)
             over = patience.blame(fault)
         else:
             self._totals(fault.peer).failures += 1
@@ -307,7 +320,8 @@ class Chain:
                 self._directory.failed(fault.peer)
         if over:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
-        logger.log(logging.INFO if isinstance(fault, PeerBusy | PeerDraining) else logging.WARNING, "%s; trying another server", fault)
+        expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff)
+        logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
 
     async def _call(self, hop: Hop, call: SpanCall, work: _Work) -> SpanResult:
         """One forward or backward on one server.
@@ -340,9 +354,12 @@ class Chain:
         return result
 
     def _count(self, fault: PeerFault, hop: Hop, lost_s: float) -> None:
-        kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW}
+        kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW, PeerCutOff: EventKind.CUT_OFF}
         kind = kinds.get(type(fault), EventKind.FAILED)
-        self.events.add(kind, str(fault), server=self._label(hop.peer), span=hop.span, lost_s=lost_s, at=now())
+        server = "" if kind is EventKind.CUT_OFF else self._label(hop.peer)
+        if server:
+            self._totals(hop.peer).lost_s += lost_s
+        self.events.add(kind, str(fault), server=server, span=hop.span, lost_s=lost_s, at=now())
 
     def _notice_move(self, hop: Hop) -> None:
         """Say when calls leave a server that could be asked, because another one is faster."""
@@ -389,6 +406,8 @@ class Chain:
                 raise _as_error(hop, Fault.from_message(reply))
         except TimeoutError as error:
             raise PeerSlow(hop.peer, hop.span, f"no answer within {watch.after_s:.1f} s, which is long for such a call") from error
+        except NodeLost as error:
+            raise PeerCutOff(hop.peer, hop.span, str(error)) from error
         except TransportError as error:
             raise PeerFault(hop.peer, hop.span, str(error)) from error
         except WireError as error:

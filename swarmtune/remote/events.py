@@ -22,6 +22,7 @@ class EventKind(StrEnum):
     DRAINED = "drained"
     WAITED = "waited"
     MOVED = "moved"
+    CUT_OFF = "cut_off"
     DAEMON = "daemon"
 
 

@@ -19,6 +19,7 @@ from swarmtune.wire.messages import CallKind, Fault, ServerInfo
 logger = logging.getLogger(__name__)
 
 INFO_TIMEOUT_S = 5.0
+LOOK_TIMEOUT_S = 30.0
 FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
 HOP_COST_S = 1e-3
 SMOOTHING = 0.3
@@ -51,6 +52,7 @@ class Peer:
         banned_until: monotonic instant before which it is not asked again.
         busy_until: the same, because it said that it has no room.
         faults: in a row.
+        doubted: it failed and has not described itself since.
     """
 
     name: str
@@ -62,10 +64,11 @@ class Peer:
     banned_until: float = 0.0
     busy_until: float = 0.0
     faults: int = 0
+    doubted: bool = False
 
     def usable(self) -> bool:
         """Whether it may be asked now."""
-        return now() >= max(self.banned_until, self.busy_until) and not self.info.draining
+        return now() >= max(self.banned_until, self.busy_until) and not (self.doubted or self.info.draining)
 
     def pace_s(self) -> float:
         """Seconds per token and block to reckon with."""
@@ -165,7 +168,7 @@ class Directory:
             BlocksUnserved: nobody usable holds some of them.
         """
         usable = [peer for peer in self.known.values() if peer.usable()]
-        # A peer that failed is asked again only when it has described itself since, or when nobody else is there.
+        # A peer that failed must describe itself before it is asked again, more often the more it failed, or when nobody else is there.
         for candidates in ([peer for peer in usable if not peer.faults], usable):
             hops = self._route_among(candidates, start, stop, tokens)
             if hops is not None:
@@ -199,8 +202,9 @@ class Directory:
         """Leave a peer alone for a while, longer each time in a row."""
         peer = self.known.get(name)
         if peer is not None:
-            peer.faults += 1
+            peer.faults, peer.doubted = peer.faults + 1, True
             peer.banned_until = now() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
+        self.look()
 
     def slow(self, hop: Hop, seconds: float, tokens: int) -> None:
         """A call was given up after ``seconds``: it takes at least as long there; others go first for a while."""
@@ -220,8 +224,8 @@ class Directory:
             peer.info = replace(peer.info, draining=True)
 
     def busy_s(self, span: BlockSpan) -> float | None:
-        """Seconds until a busy server that holds the first of ``span`` may be asked again; ``None`` where there is none."""
-        waits = [peer.busy_until - now() for peer in self.known.values() if span.start in peer.info.span and now() >= peer.banned_until]
+        """Seconds until a busy server that holds some of ``span`` may be asked again; ``None`` where there is none."""
+        waits = [peer.busy_until - now() for peer in self.known.values() if span.overlap(peer.info.span) and now() >= peer.banned_until]
         return min((seconds for seconds in waits if seconds > 0), default=None)
 
     def others_can(self, hop: Hop) -> bool:
@@ -250,14 +254,17 @@ class Directory:
             )
         ]
 
-    async def look_again(self, wait_s: float) -> None:
-        """Wait ``wait_s`` while servers are asked for themselves; those who wait at once share the asking, and one that is silent holds nobody up."""
+    def look(self) -> None:
+        """Ask servers for themselves in the background, unless that goes on already."""
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self.refresh())
-        looking = self._looking
-        await asyncio.sleep(wait_s)
-        if looking.done() and not looking.cancelled():
-            looking.result()
+            self._looking = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self.refresh()
+        except (SwarmMismatch, TimeoutError) as error:
+            logger.warning("%s", error or "the swarm did not answer a look-out in time")
 
     def _prefer(self, numeric_class: str) -> None:
         if self._numeric_class == MIXED:
@@ -295,7 +302,7 @@ class Directory:
         if peer is None:
             self.known[name] = Peer(name, info, rtt_s)
         else:
-            peer.info, peer.rtt_s = info, rtt_s
+            peer.info, peer.rtt_s, peer.doubted = info, rtt_s, False
             peer.faults //= 2  # it answers again, so it is forgiven step by step
 
     def _check_weights(self) -> None:

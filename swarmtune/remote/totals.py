@@ -20,6 +20,7 @@ class ServerTotals:
         span: the blocks that it held when it was first called.
         calls: forwards and backwards asked of it.
         failures: of these, those that it did not do.
+        lost_s: seconds that these took.
         network_s: seconds of done calls that it did not account for: the way there and back.
         queue_s: seconds that calls waited there, as it says.
         compute_s: seconds of work, as it says.
@@ -31,6 +32,7 @@ class ServerTotals:
     span: BlockSpan
     calls: int = 0
     failures: int = 0
+    lost_s: float = 0.0
     network_s: float = 0.0
     queue_s: float = 0.0
     compute_s: float = 0.0

@@ -11,10 +11,12 @@ from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 VERBS = {
+    "simulate": (10_000, "kills, and as many other faults, at numbered points of steps, on a simulated clock"),
     "servers": (300, "SIGKILL a server in each step, at a seeded moment of it; never the last one of its blocks"),
     "cuts": (10_000, "cut streams at any byte of our frames, in both directions; some are damaged, stalled or slowed down"),
     "daemons": (100, "kill the p2p daemons of the client and of servers; some are frozen"),
     "client": (50, "kill the training command, also inside checkpoints, and resume it until it is finished"),
+    "soak": (20, "train for an hour with a fault every few minutes; memory, descriptors and threads must not grow"),
     "cycles": (200, "start and end servers and a client in every way; nothing of theirs may stay"),
 }
 
@@ -49,8 +51,11 @@ def parser() -> argparse.ArgumentParser:
     found["servers"].add_argument("--mix", action="store_true", help="also freeze servers (SIGSTOP), some of which are killed while frozen")
     found["servers"].add_argument("--hard", action="store_true", help="kill as soon as another server runs, whether the client can know that or not")
     found["servers"].add_argument("--replicas", type=int, default=2, help="servers of each span")
+    found["simulate"].add_argument("--pairs", action="store_true", help="each fault at each point, alone and with each fault at each later point")
     found["daemons"].add_argument("--whose", choices=("both", "client", "server"), default="both", help="whose daemons")
     found["client"].add_argument("--steps", type=int, default=40, help="optimizer steps of one run")
+    found["soak"].add_argument("--minutes", type=float, default=60.0, help="how long")
+    found["soak"].add_argument("--pause-s", type=float, default=0.2, help="between steps")
     judging = verbs.add_parser("judge", help="print the verdict on a history file; 1 if anything is found")
     judging.add_argument("file", type=Path)
     return made

@@ -36,7 +36,9 @@ DAMAGE: dict[str, Callable[[Frame], tuple[int, int] | None]] = {
 }
 SHARES = {"cut": 0.9, "flip": 0.03, "drop": 0.03, "trickle": 0.035, "stall": 0.005}
 """A stall costs seconds."""
-MAX_SKIPPED = 6
+MAX_SKIPPED = 3
+MAX_PASSED = 40
+"""Frames of the direction that do not fit, after which another fault is drawn."""
 STALL_S = (0.3, 6.0)
 
 
@@ -53,7 +55,7 @@ class Shears:
         self._draw()
 
     def _draw(self) -> None:
-        random = self._campaign.random
+        random, self._passed = self._campaign.random, 0
         self._kind = random.choices(list(SHARES), list(SHARES.values()))[0]
         self._place = random.choice(list(PLACES)) if self._kind == "cut" else self._kind
         self._direction = random.choice(("up", "down"))
@@ -65,6 +67,9 @@ class Shears:
             return None
         where = (PLACES if self._kind == "cut" else DAMAGE)[self._place](frame)
         if where is None:
+            self._passed += 1
+            if self._passed > MAX_PASSED:  # a hello comes only after a cut, so it could be waited for in vain
+                self._draw()
             return None
         if self._skip:
             self._skip -= 1
