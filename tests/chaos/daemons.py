@@ -33,7 +33,7 @@ class Daemons:
     def __init__(self, campaign: Campaign, fleet: Fleet, swarm: Swarm, calls: Calls) -> None:
         self._campaign, self._fleet, self._swarm = campaign, fleet, swarm
         self.recovery_s: dict[str, list[float]] = defaultdict(list)
-        self._open: tuple[str, float] | None = None
+        self._open: list[tuple[str, float]] = []
         self._frozen: dict[int, float] = {}
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._look_after, daemon=True)
@@ -50,16 +50,17 @@ class Daemons:
         if not send(pid, signal.SIGSTOP if freeze else signal.SIGKILL):
             return
         kind = f"{whose} {'freezes' if freeze else 'kills'}"
-        self._open = (kind, time.monotonic())
+        self._open = [*self._open, (kind, time.monotonic())]
         if freeze:
             self._frozen[pid] = time.monotonic()
         self._campaign.fault(kind, daemon=pid, server=None if server is None else self._fleet.number(server))
 
     def _succeeded(self, began: float, ended: float) -> None:
-        if self._open is not None and began > self._open[1]:
-            (kind, at), self._open = self._open, None
-            self.recovery_s[kind].append(ended - at)
-            self._campaign.note("recovered", kind=kind, seconds=round(ended - at, 3))
+        found, self._open = self._open, [each for each in self._open if each[1] >= began]
+        for kind, at in found:
+            if at < began:
+                self.recovery_s[kind].append(ended - at)
+                self._campaign.note("recovered", kind=kind, seconds=round(ended - at, 3))
 
     def _look_after(self) -> None:
         """A server that ends with its daemon is started again; a frozen daemon that is still there goes on."""
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         calls = Calls().attach(swarm)
         daemons = Daemons(campaign, fleet, swarm, calls)
         stack.callback(daemons.close)
-        train(campaign, fleet, swarm, both, daemons, options.whose)
+        train(campaign, fleet, swarm, both, daemons, options)
         campaign.facts["recovery_s"] = {kind: quantiles(seconds) for kind, seconds in sorted(daemons.recovery_s.items())}
         kills = [seconds for kind, found in daemons.recovery_s.items() if kind.endswith("kills") for seconds in found]
         campaign.facts["recovery_of_kills_s"] = quantiles(kills)
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     return campaign.finish()
 
 
-def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: Daemons, whose: str) -> None:
+def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: Daemons, options: argparse.Namespace) -> None:
     """Steps until all faults have been made, one in each at a seeded moment, and one more."""
     began = time.monotonic()
     for _ in range(QUIET_STEPS):
@@ -117,7 +118,7 @@ def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: D
     step_s = (time.monotonic() - began) / QUIET_STEPS
     random = campaign.random
     while campaign.counts["faults"] < campaign.wanted:
-        target = random.choice(("client", "server")) if whose == "both" else whose
+        target = random.choice(("client", "server")) if options.whose == "both" else options.whose
         server = None
         if target == "server":
             with campaign.bound("the wait for a server that can be spared", START_BOUND_S):
@@ -131,5 +132,6 @@ def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: D
             both.step()
         finally:
             timer.join()
+        time.sleep(options.pause_s)
         campaign.counts["hits"] += swarm.traffic().retries > retries
     both.step()
