@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("servers")
 
 DRAIN_S = 30.0
+ANNOUNCE_S = 1.0
+"""How long a server that has nothing left to do stays until its last announcement is stored."""
 PORT_WAIT_S = 10.0
 
 
@@ -122,7 +124,7 @@ async def _serve_span(config: ServeConfig, parent: Parent | None, stop: Stop, id
     report = Report(handler, executor, span.device, node.count_peers)
     working = asyncio.create_task(_work(config, parent, node, directory, handler, report))
     try:
-        await _until_told(stop, working, handler, node)
+        await _until_told(stop, working, handler, node, directory)
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
@@ -145,6 +147,7 @@ async def _work(
     await _start_node(config, parent, node)
     reachable = await _reach(node, config.initial_peers)
     await directory.start(node.p2p, reachable, client=False)
+    node.rebuilt.append(lambda: directory.restart(node.p2p, list(config.initial_peers), client=False))
     await node.serve(handler)
     _say_ready(config, handler.info, node.addresses)
     if parent is not None:
@@ -162,7 +165,7 @@ async def _work(
             task.cancel()
     for task in done:
         task.result()
-    raise SwarmError("the p2p daemon of this server ended, so nobody can reach it: start the server again")
+    raise SwarmError("the p2p daemon of this server ended and could not be started again, so nobody can reach it: start the server again")
 
 
 def _say_ready(config: ServeConfig, info: ServerInfo, addresses: Sequence[str]) -> None:
@@ -172,8 +175,10 @@ def _say_ready(config: ServeConfig, info: ServerInfo, addresses: Sequence[str]) 
     sys.stdout.flush()
 
 
-async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: CallHandler, node: HivemindNode) -> None:
-    """Wait for a signal, then refuse new work and finish what is in flight; raises what ended the work before that."""
+async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: CallHandler, node: HivemindNode, directory: DirectoryNode) -> None:
+    """Wait for a signal, then say so, refuse new work and finish what is in flight; raises what ended the work before that."""
+    from servers.announce import publish
+
     told = asyncio.create_task(stop.told.wait())
     await asyncio.wait([told, working], return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
@@ -181,9 +186,14 @@ async def _until_told(stop: Stop, working: asyncio.Task[NoReturn], handler: Call
         working.result()
     handler.draining = True
     logger.info("stopping: finishing %d calls in flight, for at most %.0f s; a second signal ends at once", handler.in_flight, DRAIN_S)
-    ends_at = time.monotonic() + DRAIN_S
-    while (handler.in_flight or node.answering) and not working.done() and time.monotonic() < ends_at:
+    began = time.monotonic()
+    announcing = asyncio.create_task(publish(node, directory, handler.info)) if directory.started and node.addresses else None
+    while (handler.in_flight or node.answering) and not working.done() and time.monotonic() < began + DRAIN_S:
         await asyncio.sleep(0.05)
+    if announcing is not None:
+        await asyncio.wait([announcing], timeout=max(0.0, began + ANNOUNCE_S - time.monotonic()))
+        announcing.cancel()
+        await asyncio.gather(announcing, return_exceptions=True)
 
 
 def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:

@@ -35,7 +35,7 @@ async def announce_forever(
             company.grown.clear()
             if addresses_change:
                 await _look(node)
-            await _publish(node, directory, info())
+            await publish(node, directory, info())
             growing = asyncio.create_task(company.grown.wait())  # a peer met now does not know of this server yet
             await asyncio.wait([growing, keeping], timeout=RENEW_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
             growing.cancel()
@@ -122,7 +122,8 @@ async def _look(node: HivemindNode) -> None:
         logger.info("now also reachable at %s", " ".join(sorted(set(node.addresses) - set(before))) or "fewer addresses")
 
 
-async def _publish(node: HivemindNode, directory: DirectoryNode, info: ServerInfo) -> None:
+async def publish(node: HivemindNode, directory: DirectoryNode, info: ServerInfo) -> None:
+    """Store a fresh record, which takes the place of the one before; a warning where the DHT does not take it."""
     announcement = Announcement(node.peer_id, info, node.addresses, time.time() + LIFETIME_S)
     try:
         stored, why = await directory.publish(announcement, announcement.seal(node.identity)), "refused"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +19,8 @@ from swarmtune.wire.messages import CallKind, Fault, FaultCode, ServerInfo, Serv
 
 logger = logging.getLogger(__name__)
 
-FORWARD_PRIORITY, BACKWARD_PRIORITY = 1, 0
-"""Backwards go first: they end work that others wait for, and free memory."""
+BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 0, 1, 2
+"""Of one client, backwards go first: they end work that others wait for, and free memory. Jobs of one priority take about as long as each other."""
 
 
 def one_line(detail: str) -> str:
@@ -48,12 +49,12 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s))
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining)
 
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
         try:
-            reply = await self._dispatch(decode(incoming))
+            reply = await self._dispatch(peer, decode(incoming))
             self.refused += reply.kind == "fault"
             return encode(reply)
         except WireError as error:
@@ -63,7 +64,7 @@ class CallHandler:
         except UsageError as error:
             fault = Fault(FaultCode.BAD_REQUEST, one_line(str(error)))
         except Busy as error:
-            fault = Fault(FaultCode.BUSY, str(error))
+            fault = Fault(FaultCode.BUSY, error.detail, retry_ms=math.ceil(error.retry_s * 1000))
         except Expired as error:
             fault = Fault(FaultCode.EXPIRED, str(error))
         except Exception as error:  # a defect of ours, or of the device; the caller can try another server
@@ -73,7 +74,7 @@ class CallHandler:
         logger.info("refused a call of %s: %s", peer, fault.detail)
         return encode(fault.to_message())
 
-    async def _dispatch(self, message: Message) -> Message:
+    async def _dispatch(self, peer: str, message: Message) -> Message:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
         if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD, CallKind.INITIAL):
@@ -90,8 +91,9 @@ class CallHandler:
         self.in_flight += 1
         try:
             if isinstance(call, SpanCall):
-                return await self._execute(call)
-            values = await self._executor.submit(partial(self._span.initial, call), priority=FORWARD_PRIORITY, timeout_s=call.remaining_ms / 1000)
+                return await self._execute(peer, call)
+            run = partial(self._span.initial, call)
+            values = await self._executor.submit(run, priority=INITIAL_PRIORITY, timeout_s=call.remaining_ms / 1000, client=peer)
             return values.to_message()
         finally:
             self.in_flight -= 1
@@ -106,11 +108,12 @@ class CallHandler:
                 + ": lower micro_batch_tokens or the sequence length, or raise the server's max_tokens and max_sequence"
             )
 
-    async def _execute(self, call: SpanCall) -> Message:
+    async def _execute(self, peer: str, call: SpanCall) -> Message:
         backward = call.grad_BTH is not None
         run = self._span.backward if backward else self._span.forward
         priority = BACKWARD_PRIORITY if backward else FORWARD_PRIORITY
-        result = await self._executor.submit(self._timed(run, call, time.perf_counter()), priority=priority, timeout_s=call.remaining_ms / 1000)
+        job = self._timed(run, call, time.perf_counter())
+        result = await self._executor.submit(job, priority=priority, timeout_s=call.remaining_ms / 1000, client=peer)
         self.calls += 1
         self.tokens += call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1]
         return result.to_message()

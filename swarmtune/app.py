@@ -23,7 +23,7 @@ from swarmtune.model_files import count_blocks
 from swarmtune.notices import say
 from swarmtune.own_recipe import load_build
 from swarmtune.schema import Config, SwarmKind
-from swarmtune.train.run_dir import CONFIG, locked, new_run_dir, writing
+from swarmtune.train.run_dir import CONFIG, HISTORY, locked, new_run_dir, writing
 from swarmtune.types import BlockSpan, gaps
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def train(
             with writing(run_dir):
                 save_yaml(config, run_dir / CONFIG)
         found = (lambda: list(peers)) if peers is not None else stack.enter_context(initial_peers(config, spans, run_dir / "servers"))
-        swarm = stack.enter_context(_connect(config, found()))
+        swarm = stack.enter_context(_connect(config, found(), run_dir))
         from swarmtune.train.run import Run
 
         build = load_recipe(config.recipe)
@@ -98,14 +98,16 @@ def check_trainer(config: Config) -> None:
         try_trainer(config.trainer)
 
 
-def _connect(config: Config, peers: list[str]) -> swarmtune.Swarm:
+def _connect(config: Config, peers: list[str], run_dir: Path) -> swarmtune.Swarm:
     options = config.swarm
     return swarmtune.connect(
         peers,
         micro_batch_tokens=options.micro_batch_tokens,
         max_in_flight=options.max_in_flight,
         patience_s=options.patience_s,
+        call_timeout_s=options.call_timeout_s,
         codec=options.codec.value,
+        history=run_dir / HISTORY if options.history else None,
     )
 
 

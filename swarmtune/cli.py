@@ -65,7 +65,7 @@ Example:
   swarmtune recipe=lora_bloom data=notes.jsonl trainer.max_steps=500
 """
 WRONG_INPUT = (UsageError, NonFinite, PeersUnreachable, BlocksUnserved, SwarmMismatch)
-"""What the user can mend by giving something else; the rest is the swarm's failure."""
+"""What the user can mend by giving something else; the rest is the swarm's failure, as are servers that go away in the middle of a run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(words, started)
     except SwarmtuneError as error:
         print(f"swarmtune: {printable('; '.join([str(error), *getattr(error, '__notes__', ())]), 4000)}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, WRONG_INPUT) else EXIT_FAILED
+        in_a_run = isinstance(error, BlocksUnserved) and bool(getattr(error, "__notes__", ()))
+        return EXIT_USAGE if isinstance(error, WRONG_INPUT) and not in_a_run else EXIT_FAILED
     except KeyboardInterrupt as error:
         print(f"swarmtune: {printable(str(error)) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -212,11 +213,34 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [
         ("speed", f"{summary['tokens_per_s']:,.0f} training tokens/s, {summary['seconds']:,.0f} s in all"),
         ("traffic", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down{retries}"),
+        *([("faults", _faults(summary))] if summary.get("events") else []),
         ("run directory", summary["run_dir"]),
     ]
     if summary["loss_curve"]:
         facts.append(("loss curve", summary["loss_curve"]))
     return [*facts, ("adapter", summary["adapter_dir"])]
+
+
+EVENT_WORDS = {
+    "failed": ("call failed and was done elsewhere", "calls failed and were done elsewhere"),
+    "slow": ("slow call was given to another server", "slow calls were given to other servers"),
+    "busy": ("call met a busy server", "calls met a busy server"),
+    "drained": ("call met a server that shuts down", "calls met a server that shuts down"),
+    "cut_off": ("call was cut off here and repeated", "calls were cut off here and repeated"),
+    "waited": ("wait for a server", "waits for a server"),
+    "moved": ("move to a faster server", "moves to a faster server"),
+    "daemon": ("p2p daemon of our own replaced", "p2p daemons of our own replaced"),
+}
+"""What a summary says of each kind of event: of one, and of several."""
+
+
+def _faults(summary: dict[str, Any]) -> str:
+    """What failed, whose fault it was, and what it cost."""
+    events = summary["events"]
+    said = [f"{int(events[kind]):,} {words[events[kind] > 1]}" for kind, words in EVENT_WORDS.items() if events.get(kind)]
+    whose = [f"{label} {int(server['failures'])}" for label, server in summary["servers"].items() if server.get("failures")]
+    servers = f" ({', '.join(whose)})" if whose else ""
+    return f"{', '.join(said)}{servers}; {events.get('lost_s', 0.0):,.1f} s lost"
 
 
 OWN_KINDS = ("deep_prompts", "stand_in", "head")

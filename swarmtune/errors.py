@@ -11,7 +11,12 @@
         ├── PeersUnreachable    none of the initial peers answered
         ├── BlocksUnserved      some blocks have no live server
         ├── SwarmMismatch       servers disagree with each other or with the client about the model
+        ├── NotExact            a result would have been counted twice or not at all; a defect, stopped before it does harm
         ├── PeerFault           one server failed or was silent; another may do better
+        │   ├── PeerBusy        it has no room now, and says when to ask again
+        │   ├── PeerDraining    it is shutting down and takes no new work
+        │   ├── PeerSlow        it took much longer than calls of its kind do, and another server can do the work
+        │   └── PeerCutOff      our own way to it broke, which is no fault of the peer
         └── ServerStartFailed   a bundled server ended before it was ready
 
 Each carries its data as attributes, pickles, and is chained to its cause.
@@ -101,6 +106,37 @@ class PeerFault(SwarmError):
 
     def __reduce__(self) -> tuple[type[PeerFault], tuple[str, BlockSpan | None, str]]:
         return type(self), (self.peer, self.span, self.detail)
+
+
+class PeerBusy(PeerFault):
+    """A server has no room for a call now.
+
+    Attributes:
+        retry_s: seconds after which it may be asked again.
+    """
+
+    def __init__(self, peer: str, span: BlockSpan | None, detail: str, retry_s: float) -> None:
+        super().__init__(peer, span, detail)
+        self.retry_s = retry_s
+
+    def __reduce__(self) -> tuple[type[PeerBusy], tuple[str, BlockSpan | None, str, float]]:  # type: ignore[override]
+        return type(self), (self.peer, self.span, self.detail, self.retry_s)
+
+
+class PeerDraining(PeerFault):
+    """A server is shutting down: it finishes what it has and takes nothing new."""
+
+
+class PeerSlow(PeerFault):
+    """A server took much longer than calls of its kind do, and another one can do the work."""
+
+
+class PeerCutOff(PeerFault):
+    """This side's own way into the network broke during a call; it is being repaired, and the peer may be as well as before."""
+
+
+class NotExact(SwarmError):
+    """A result would have been counted twice, or is missing, though every call says that it is done: a defect of ours, stopped in time."""
 
 
 class ServerStartFailed(SwarmError):

@@ -22,6 +22,7 @@ from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.own_weights import compare_weights
 from swarmtune.remote.body import RemoteBody
+from swarmtune.remote.guard import GradientGuard
 from swarmtune.remote.layers import RemoteLayers, through_peft, without_positions
 from swarmtune.skeleton import (
     Head,
@@ -272,6 +273,8 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
         if (rule := adapter.regularise()) is not None:
             # PEFT adds it to a validation's loss too, which would then be no loss over tokens any more.
             model.register_forward_hook(lambda module, args, output: rule(output) if module.training else output)
+    body.guard = GradientGuard(lambda: [parameter for parameter in model.parameters() if parameter.requires_grad])
+    model.register_forward_hook(body.guard.watch)
     model.eval()
     model.config.use_cache = False
     if getattr(model, "generation_config", None) is not None:

@@ -98,6 +98,10 @@ class SwarmConfig:
     """Requests under way at once."""
     patience_s: float = 30.0
     """Seconds of trying other servers before a call fails."""
+    call_timeout_s: float = 300.0
+    """Seconds that one call to a live server may take; where another server can do the work, a call that is slow for its kind is left much sooner."""
+    history: bool = False
+    """Write every call, asked and answered, to ``history.jsonl`` in the run directory; ``scripts/chaos judge`` reads it."""
     codec: Codec = Codec.NONE
     """How tensors are compressed on the wire; ``none`` is exact."""
 
@@ -121,6 +125,7 @@ class SwarmConfig:
                 raise ValueError(f"spans: {error}") from error
         need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
+        need(0 < self.call_timeout_s < 1e6, f"call_timeout_s must be above 0 and below a million, got {self.call_timeout_s}")
         need(self.patience_s > 0, f"patience_s must be above 0, got {self.patience_s}")
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from swarmtune.errors import BlocksUnserved, PeersUnreachable, SwarmMismatch, UsageError, WireError
 from swarmtune.remote.census import label
-from swarmtune.remote.chain import Chain, ChainSettings, ServerTotals
+from swarmtune.remote.chain import Chain, ChainSettings
+from swarmtune.remote.events import EventKind, EventLog, SwarmEvent, SwarmStatus, Tally
+from swarmtune.remote.ledger import History, Ledger
 from swarmtune.remote.route import Directory, Discovery
+from swarmtune.remote.totals import ServerTotals
 from swarmtune.transport.base import Traffic, Transport, TransportError
 from swarmtune.transport.loop import LoopThread
 
@@ -43,6 +47,7 @@ class SwarmTraffic:
         retries: calls that had to be asked again.
         wait_s: seconds that callers waited for the swarm.
         servers: what each server did, in the order in which they were first asked.
+        events: how often something went wrong, and what it cost, by kind.
     """
 
     bytes_up: int
@@ -51,6 +56,7 @@ class SwarmTraffic:
     retries: int
     wait_s: float
     servers: tuple[ServerTotals, ...]
+    events: Mapping[EventKind, Tally] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +79,10 @@ class OpenModel:
 class Swarm:
     """A connection; a context manager. ``connect`` makes one."""
 
-    def __init__(self, loop: LoopThread, transport: Transport, discovery: Discovery, settings: ChainSettings) -> None:
+    def __init__(self, loop: LoopThread, transport: Transport, discovery: Discovery, settings: ChainSettings, ledger: Ledger | None = None) -> None:
         self.loop, self.settings = loop, settings
+        self._ledger = ledger or Ledger()
+        self._own_events = EventLog()
         self._transport, self._discovery = transport, discovery
         self._models: dict[str, OpenModel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,7 +109,24 @@ class Swarm:
             retries=sum(each.retries for each in counters),
             wait_s=sum(each.wait_s for each in counters),
             servers=tuple(replace(server) for each in counters for server in list(each.servers.values())),
+            events={kind: _sum(log.by_kind[kind] for log in self._logs()) for kind in EventKind},
         )
+
+    def status(self) -> list[SwarmStatus]:
+        """What goes on now, one for each model opened; from any thread, also while a call waits."""
+        return [opened.chain.status() for opened in list(self._models.values())]
+
+    def events(self, after: float = 0.0) -> list[SwarmEvent]:
+        """The latest things that went wrong, oldest first; those after a monotonic instant."""
+        return sorted((event for log in self._logs() for event in list(log.latest) if event.at > after), key=lambda event: event.at)
+
+    def _logs(self) -> list[EventLog]:
+        return [self._own_events, *(opened.chain.events for opened in list(self._models.values()))]
+
+    def daemon_replaced(self, sentence: str, seconds: float) -> None:
+        """Remember that this process needed another p2p daemon."""
+        logger.warning("%s", sentence)
+        self._own_events.add(EventKind.DAEMON, sentence, lost_s=seconds)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the results of the models opened so far: digests of configurations and weights, and the servers' modes and numeric classes."""
@@ -116,6 +141,7 @@ class Swarm:
     def close(self) -> None:
         """End the connection. Safe to repeat."""
         self.loop.close()
+        self._ledger.close()
 
     def __enter__(self) -> Swarm:
         return self
@@ -149,7 +175,7 @@ class Swarm:
             logger.info("the servers compute in %s", first.mode)
         task = asyncio.create_task(self._keep_fresh(directory))
         self._tasks.add(task)
-        return OpenModel(Chain(self._transport, directory, self.settings), directory, first.dtype, first.quantisation, first.mode)
+        return OpenModel(Chain(self._transport, directory, self.settings, self._ledger), directory, first.dtype, first.quantisation, first.mode)
 
     async def _keep_fresh(self, directory: Directory) -> None:
         while True:
@@ -159,6 +185,13 @@ class Swarm:
                     await directory.refresh()
             except (SwarmMismatch, TimeoutError) as error:
                 logger.warning("%s", error or "the swarm did not answer a refresh in time")
+
+
+def _sum(tallies: Iterable[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total.count, total.lost_s = total.count + tally.count, total.lost_s + tally.lost_s
+    return total
 
 
 def _mixed_modes(infos: Mapping[str, ServerInfo]) -> SwarmMismatch:
@@ -280,6 +313,7 @@ def connect(
     call_timeout_s: float = 300.0,
     codec: str = "none",
     credentials: None = None,
+    history: str | os.PathLike[str] | None = None,
 ) -> Swarm:
     """Connect to a swarm.
 
@@ -291,6 +325,7 @@ def connect(
         call_timeout_s: how long one call to a live server may take.
         codec: how tensors are compressed on the way; only ``"none"``.
         credentials: must be ``None``; swarms with admission are not supported.
+        history: a file to which every call is appended, asked and answered, as JSON lines that ``scripts/chaos judge`` reads.
 
     Raises:
         UsageError: an address or a setting is wrong.
@@ -313,14 +348,18 @@ def connect(
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise UsageError(f"{name} must be a positive number of seconds, got {seconds!r}")
     settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s))
+    ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()
     loop.start()
     try:
         node, discovery = loop.run(loop.join(addresses, settings.patience_s))
     except BaseException:
         loop.close()
+        ledger.close()
         raise
-    return Swarm(loop, node, discovery, settings)
+    swarm = Swarm(loop, node, discovery, settings, ledger)
+    node.told = swarm.daemon_replaced
+    return swarm
 
 
 class HivemindLoop(LoopThread):
@@ -354,8 +393,10 @@ class HivemindLoop(LoopThread):
                 f"none of the initial peers answered within {patience_s:.0f} s: {', '.join(addresses)}; swarmtune doctor --peer ADDRESS says why"
             ) from error
         discovery.joined()
-        await self._directory.start(self._node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
-        return self._node, discovery
+        node, directory = self._node, self._directory
+        await directory.start(node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
+        node.rebuilt.append(lambda: directory.restart(node.p2p, addresses, client=True))
+        return node, discovery
 
     async def _cancel_all(self) -> None:
         try:

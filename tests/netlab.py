@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOST_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 MAX_HOSTS = 200
 CLOSE_S = 15.0
+"""More than the router may take to end what runs inside; then this process does it."""
 
 __all__ = ["PRESETS", "Counters", "Link", "NetLab", "NetLabError", "mechanism"]
 
@@ -191,8 +193,11 @@ class NetLab:
         with contextlib.suppress(BrokenPipeError):
             router.stdin.close()
         try:
+            ends_at = time.monotonic() + CLOSE_S
             while router.poll() is None:
                 self._reap()
+                if time.monotonic() > ends_at:
+                    router.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     router.wait(0.02)
         finally:

@@ -150,25 +150,35 @@ class DirectoryNode:
                 blacklist_time=0.0,
             )
 
+    async def restart(self, p2p: P2P, initial_peers: list[str], *, client: bool) -> None:
+        """Join again over a new daemon; what was stored here is announced again by its owners.
+
+        Raises:
+            TransportError: that did not work.
+        """
+        await self.close()
+        await self.start(p2p, initial_peers, client=client)
+
+    @property
+    def started(self) -> bool:
+        """Whether this participant can store and find."""
+        return self._node is not None
+
     async def greet(self, peer: str) -> None:
         """Meet a peer that was not there at the start."""
-        assert self._node is not None, "greet before start"
         async with _deadline("greet a peer", FIND_TIMEOUT_S):
-            await self._node.protocol.call_ping(PeerID.from_base58(peer))
+            await self._joined().protocol.call_ping(PeerID.from_base58(peer))
 
     async def publish(self, announcement: Announcement, record: bytes) -> bool:
         """Store a sealed record under its model and peer until it expires."""
-        assert self._node is not None, "publish before start"
         async with _deadline("store a record", PUBLISH_TIMEOUT_S):
-            return bool(
-                await self._node.store(dht_key(announcement.info.model), record, expiration_time=announcement.expires_at, subkey=announcement.peer)
-            )
+            key, expires_at = dht_key(announcement.info.model), announcement.expires_at
+            return bool(await self._joined().store(key, record, expiration_time=expires_at, subkey=announcement.peer))
 
     async def find(self, model: str) -> list[Announcement]:
         """The live announcements of a model. Nothing in them is more than their owners' word."""
-        assert self._node is not None, "find before start"
         async with _deadline("find servers", FIND_TIMEOUT_S):
-            found = await self._node.get(dht_key(model), latest=True)
+            found = await self._joined().get(dht_key(model), latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
         announcements = []
@@ -181,15 +191,20 @@ class DirectoryNode:
 
     async def clock_ahead(self, peer: str) -> tuple[float, float]:
         """Seconds by which a peer's clock is ahead of ours, by its word, and how far that can be off: half a round trip."""
-        assert self._node is not None, "clock_ahead before start"
-        request = dht_pb2.PingRequest(peer=self._node.protocol.node_info)
+        protocol = self._joined().protocol
+        request = dht_pb2.PingRequest(peer=protocol.node_info)
         async with _deadline("ask a peer for its time", PING_TIMEOUT_S):
             began, began_at = time.monotonic(), get_dht_time()
-            response = await self._node.protocol.get_stub(PeerID.from_base58(peer)).rpc_ping(request, timeout=PING_TIMEOUT_S)
+            response = await protocol.get_stub(PeerID.from_base58(peer)).rpc_ping(request, timeout=PING_TIMEOUT_S)
             half_s = (time.monotonic() - began) / 2
         if not response.dht_time or not math.isfinite(response.dht_time):
             raise TransportError(f"peer {peer} does not tell its time")
         return response.dht_time - began_at - half_s, half_s
+
+    def _joined(self) -> DHTNode:
+        if self._node is None:
+            raise TransportError("this node is not part of the DHT now")
+        return self._node
 
     async def close(self) -> None:
         """Leave the DHT."""

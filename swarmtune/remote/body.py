@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from swarmtune.errors import KwargError, NonFinite, UsageError
-from swarmtune.remote.chain import Chain, KwargPlan, micro_batches
+from swarmtune.remote.batch import KwargPlan, micro_batches
+from swarmtune.remote.chain import Chain
 from swarmtune.remote.function import BodyCall, RemoteSequential
+from swarmtune.remote.guard import GradientGuard
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import Kwarg
 from swarmtune.wire.messages import AdapterSpec
@@ -22,12 +24,14 @@ class RemoteBody(nn.Module):
     Attributes:
         num_blocks: how many blocks there are.
         hidden_size: width of the hidden states.
+        guard: puts gradients back when a backward fails; ``None`` where nobody has said what learns.
     """
 
     def __init__(self, loop: LoopThread, chain: Chain, num_blocks: int, hidden_size: int) -> None:
         super().__init__()
         self._loop, self._chain = loop, chain
         self.num_blocks, self.hidden_size = num_blocks, hidden_size
+        self.guard: GradientGuard | None = None
 
     def forward(
         self,
@@ -73,7 +77,7 @@ class RemoteBody(nn.Module):
                 f"this adapter mixes the rows of a batch, so the batch cannot be cut into micro-batches: raise micro_batch_tokens to at least "
                 f"{hidden_BTH.shape[0] * hidden_BTH.shape[1]}, or use a smaller batch"
             )
-        call = BodyCall(self._loop, self._chain, plans, adapter, seed)
+        call = BodyCall(self._loop, self._chain, plans, adapter, seed, self.guard)
         output_BTH: Tensor = RemoteSequential.apply(call, hidden_BTH, *(kwarg.tensor for kwarg in every))
         return output_BTH
 

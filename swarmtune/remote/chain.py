@@ -9,40 +9,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
-import time
-from collections.abc import Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from swarmtune.errors import BlocksUnserved, KwargError, NonFinite, PeerFault, SwarmError, WireError
+from swarmtune.errors import (
+    BlocksUnserved,
+    KwargError,
+    NonFinite,
+    PeerBusy,
+    PeerCutOff,
+    PeerDraining,
+    PeerFault,
+    PeerSlow,
+    SwarmError,
+    WireError,
+)
+from swarmtune.remote.batch import Batch, Leg, MicroResult
+from swarmtune.remote.deadlines import CallTimes, Patience
+from swarmtune.remote.events import EventKind, EventLog, SwarmStatus, Waiting
+from swarmtune.remote.ledger import Ledger, Page, Way
 from swarmtune.remote.route import Directory, Hop
-from swarmtune.transport.base import Transport, TransportError
-from swarmtune.types import Axis, BlockSpan
+from swarmtune.remote.totals import ChainCounters, ServerTotals, label_of
+from swarmtune.transport.base import NodeLost, Transport, TransportError
+from swarmtune.transport.clock import now
+from swarmtune.types import BlockSpan
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Incoming
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import (
-    DETERMINISTIC,
-    AdapterSpec,
-    CallKwarg,
-    DropoutSeed,
-    Fault,
-    FaultCode,
-    ServerInfo,
-    ServerTimes,
-    SpanCall,
-    SpanResult,
-)
+from swarmtune.wire.messages import DETERMINISTIC, AdapterSpec, Fault, FaultCode, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WAIT_S = 0.25
+"""How often a call that finds nobody looks again."""
+TELL_EVERY_S = 5.0
+"""How often it says so."""
+RETRY_BUSY_S = 1.0
+"""When to ask a busy server again that does not say when."""
+RECHECK_S = 1.0
+"""How often a call that is slow looks for another server."""
 INITIAL_ELEMENTS = 1 << 25
 """Values are asked for in answers of at most about this many elements."""
-MAX_SILENCE_S = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,150 +72,38 @@ class ChainSettings:
     call_timeout_s: float = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class KwargPlan:
-    """What is known of a kwarg besides its tensor."""
-
-    name: str
-    axes: Mapping[Axis, int]
-    blocks: BlockSpan
-    requires_grad: bool
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """One micro-batch: its hidden states and its share of the kwargs."""
-
-    hidden_BTH: Tensor
-    plans: tuple[KwargPlan, ...]
-    tensors: tuple[Tensor, ...]
-    adapter: AdapterSpec | None
-    dropout: DropoutSeed | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Rows times sequence length."""
-        return self.hidden_BTH.shape[0] * self.hidden_BTH.shape[1]
-
-    def trains(self, span: BlockSpan) -> bool:
-        """Whether any kwarg of these blocks needs a gradient."""
-        return any(plan.requires_grad and plan.blocks.overlap(span) for plan in self.plans)
-
-    def call(self, span: BlockSpan, hidden_BTH: Tensor, model: str, grad_BTH: Tensor | None = None, input_grad: bool = False) -> SpanCall:
-        """The call that runs ``span``: kwargs are sliced to its blocks, here and on every retry."""
-        kwargs = []
-        for index in self._of(span):
-            plan, blocks = self.plans[index], self.plans[index].blocks.overlap(span)
-            assert blocks is not None
-            kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad))
-        adapter = self.adapter if any(kwarg.name.startswith("peft.") for kwarg in kwargs) else None
-        return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=self.dropout if adapter is not None else None)
-
-    def collect(self, span: BlockSpan, result: SpanResult, found: dict[int, dict[int, Tensor]]) -> None:
-        """File the gradients that a backward of ``span`` returned, by kwarg and block."""
-        indices = self._of(span)
-        for position, grads in result.kwarg_grads.items():
-            index = indices[position]
-            blocks = self.plans[index].blocks.overlap(span)
-            assert blocks is not None
-            found.setdefault(index, {}).update(zip(range(blocks.start, blocks.stop), grads, strict=True))
-
-    def _of(self, span: BlockSpan) -> list[int]:
-        return [index for index, plan in enumerate(self.plans) if plan.blocks.overlap(span)]
-
-
-@dataclass(frozen=True, slots=True)
-class Leg:
-    """A part of a route that has run forward: its blocks, and the hidden states that entered them."""
-
-    span: BlockSpan
-    hidden_BTH: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class MicroResult:
-    """Gradients of one micro-batch: by the input (``None`` where not needed), and by kwarg index and block."""
-
-    input_grad_BTH: Tensor | None
-    kwarg_grads: Mapping[int, Mapping[int, Tensor]]
-
-
-@dataclass(slots=True)
-class ServerTotals:
-    """What one server did for this client so far.
+class _Work:
+    """One pass over one micro-batch, and the patience for the piece that is next.
 
     Attributes:
-        label: its name or its blocks, fit for the name of a metric.
-        span: the blocks that it held when it was first called.
-        calls: forwards and backwards asked of it.
-        failures: of these, those that it did not do.
-        network_s: seconds of done calls that it did not account for: the way there and back.
-        queue_s: seconds that calls waited there, as it says.
-        compute_s: seconds of work, as it says.
-        bytes_up: of messages sent to it.
-        bytes_down: of whole answers received.
+        replay: run forward again only for its boundaries, so nothing of it is counted.
     """
 
-    label: str
-    span: BlockSpan
-    calls: int = 0
-    failures: int = 0
-    network_s: float = 0.0
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def add(self, seconds: float, times: ServerTimes | None, answer: Incoming) -> None:
-        """Count a done call; a server cannot claim more time than has passed."""
-        compute_s = min(seconds, times.compute_us / 1e6) if times else 0.0
-        queue_s = min(seconds - compute_s, times.queue_us / 1e6) if times else 0.0
-        self.compute_s, self.queue_s, self.network_s = (
-            self.compute_s + compute_s,
-            self.queue_s + queue_s,
-            self.network_s + seconds - compute_s - queue_s,
-        )
-        self.bytes_down += len(answer.body)
-
-
-@dataclass(slots=True)
-class ChainCounters:
-    """Running totals, for people.
-
-    Attributes:
-        wait_s: seconds that the caller's thread waited for the chain.
-        servers: by peer id.
-    """
-
-    calls: int = 0
-    retries: int = 0
-    wait_s: float = 0.0
-    servers: dict[str, ServerTotals] = field(default_factory=dict)
-
-
-def _label(peer: str, info: ServerInfo, taken: Collection[str]) -> str:
-    """The name of a server, or its blocks, so that runs can be compared; where two would be called alike, with the end of its peer id."""
-    label = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:40] or f"blocks{info.span.start}-{info.span.stop}"
-    return f"{label}.{peer[-6:]}" if label in taken else label
-
-
-def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:
-    """Cut ``batch`` rows of ``sequence`` tokens into ranges of at most ``tokens`` tokens, as even as possible; at least one row each."""
-    rows = max(1, tokens // sequence)
-    count = -(-batch // rows)
-    base, extra = divmod(batch, count)
-    sizes = [base + (index < extra) for index in range(count)]
-    return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
+    batch: Batch
+    page: Page
+    way: Way
+    patience: Patience
+    replay: bool = False
 
 
 class Chain:
     """Runs the whole body of one model. Methods run on the loop thread."""
 
-    def __init__(self, transport: Transport, directory: Directory, settings: ChainSettings) -> None:
+    def __init__(self, transport: Transport, directory: Directory, settings: ChainSettings, ledger: Ledger | None = None) -> None:
         self._transport, self._directory, self.settings = transport, directory, settings
-        self.counters = ChainCounters()
+        self.ledger = ledger or Ledger()
+        self.counters, self.events = ChainCounters(), EventLog()
+        self._times = CallTimes()
+        self._running: dict[int, Hop] = {}
+        self._waits, self._told_at = 0, -math.inf
 
-    async def forward(self, micro: Sequence[Batch]) -> list[tuple[list[Leg], Tensor]]:
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole model."""
+        return self._directory.num_blocks
+
+    async def forward(self, micro: Sequence[Batch], page: Page) -> list[tuple[list[Leg], Tensor]]:
         """All blocks, every micro-batch: the legs that ran, and the output.
 
         Raises:
@@ -213,15 +111,40 @@ class Chain:
             NonFinite: a block gave a NaN or an infinity.
             KwargError: a server says that the call does not fit the model.
         """
-        return await self._all([self._forward_span(batch, BlockSpan(0, self._directory.num_blocks), batch.hidden_BTH) for batch in micro])
+        page.begin("forward")
+        whole = BlockSpan(0, self._directory.num_blocks)
+        works = [_Work(batch, page, "forward", self._patience()) for batch in micro]
+        found = await self._all(page, "forward", [self._forward_span(work, whole, work.batch.hidden_BTH) for work in works])
+        page.end("forward")
+        return found
 
-    async def backward(self, micro: Sequence[Batch], legs: Sequence[Sequence[Leg]], grads: Sequence[Tensor], input_grad: bool) -> list[MicroResult]:
+    async def backward(
+        self, micro: Sequence[Batch], legs: Sequence[Sequence[Leg]], grads: Sequence[Tensor], input_grad: bool, page: Page
+    ) -> list[MicroResult]:
         """Gradients of every micro-batch, from the legs that ``forward`` returned.
 
         Raises:
             SwarmError: some blocks could not be run within the patience; nothing has been applied.
         """
-        return await self._all([self._backward_legs(batch, own, grad, input_grad) for batch, own, grad in zip(micro, legs, grads, strict=True)])
+        lowest = 0 if input_grad else min((plan.blocks.start for plan in micro[0].plans if plan.requires_grad), default=self._directory.num_blocks)
+        page.begin("backward", lowest)
+        works = [_Work(batch, page, "backward", self._patience()) for batch in micro]
+        walks = [self._backward_legs(work, own, grad, input_grad) for work, own, grad in zip(works, legs, grads, strict=True)]
+        found = await self._all(page, "backward", walks)
+        page.end("backward", lowest)
+        return found
+
+    def status(self) -> SwarmStatus:
+        """What goes on now, for people; from any thread."""
+        hops = sorted(list(self._running.values()), key=lambda hop: hop.span)
+        return SwarmStatus(
+            route=tuple((self._label(hop.peer), hop.span) for hop in hops),
+            slow=tuple(sorted(self._label(peer) for peer in self._directory.slow_peers())),
+            waiting=self.events.longest_wait(),
+            retries=self.counters.retries,
+            events=self.events.by_kind,
+            last=self.events.latest[-1] if self.events.latest else None,
+        )
 
     async def initial(
         self, names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], adapter: AdapterSpec | None = None, rng: Tensor | None = None
@@ -240,7 +163,7 @@ class Chain:
         """
         found: dict[int, Tensor] = {}
         order = sorted(range(len(names)), key=lambda index: names[index][0])
-        patience = _Patience(self.settings.patience_s)
+        patience = self._patience()
         while order:
             block = names[order[0]][0]
             hop = (await self._route(BlockSpan(block, block + 1), 1, patience))[0]
@@ -255,7 +178,7 @@ class Chain:
                 tuple(shapes[index] for index in wanted),
             )
             try:
-                reply, _ = await self._exchange(hop, call.to_message(), call.answer_bytes)
+                reply, _ = await self._exchange(hop, call.to_message(), call.answer_bytes, None)
                 values = InitialResult.from_message(reply, call).values
             except WireError as error:
                 self._after(PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}"), patience)
@@ -264,10 +187,13 @@ class Chain:
                 self._after(fault, patience)
                 continue
             found.update(zip(wanted, values, strict=True))
-            order, patience = order[len(wanted) :], _Patience(self.settings.patience_s)
+            order, patience = order[len(wanted) :], self._patience()
         return [found[index] for index in range(len(names))]
 
-    async def _all(self, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    def _patience(self) -> Patience:
+        return Patience(self.settings.patience_s, self.settings.call_timeout_s)
+
+    async def _all(self, page: Page, way: Way, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         """Run at most ``max_in_flight`` at once; the first failure cancels the others and is raised."""
         gate = asyncio.Semaphore(self.settings.max_in_flight)
 
@@ -279,108 +205,186 @@ class Chain:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(gated(coroutine)) for coroutine in coroutines]
         except BaseExceptionGroup as failures:
+            page.give_up(way, str(failures.exceptions[0]))
             raise failures.exceptions[0] from failures.exceptions[0].__cause__
+        except asyncio.CancelledError:
+            page.give_up(way, "the caller was interrupted")
+            raise
         return [task.result() for task in tasks]
 
-    async def _forward_span(self, batch: Batch, span: BlockSpan, hidden_BTH: Tensor) -> tuple[list[Leg], Tensor]:
+    async def _forward_span(self, work: _Work, span: BlockSpan, hidden_BTH: Tensor) -> tuple[list[Leg], Tensor]:
         legs: list[Leg] = []
-        position, patience = span.start, _Patience(self.settings.patience_s)
+        position = span.start
         while position < span.stop:
-            hop = (await self._route(BlockSpan(position, span.stop), batch.tokens, patience))[0]
+            hop = (await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience))[0]
             try:
-                result = await self._call(hop, batch.call(hop.span, hidden_BTH, self._directory.model))
+                result = await self._call(hop, work.batch.call(hop.span, hidden_BTH, self._directory.model), work)
             except PeerFault as fault:
-                self._after(fault, patience)
+                self._after(fault, work.patience)
                 continue
             assert result.hidden_BTH is not None
             legs.append(Leg(hop.span, hidden_BTH))
-            hidden_BTH, position, patience = result.hidden_BTH, hop.span.stop, _Patience(self.settings.patience_s)
+            hidden_BTH, position, work = result.hidden_BTH, hop.span.stop, replace(work, patience=self._patience())
         return legs, hidden_BTH
 
-    async def _backward_legs(self, batch: Batch, legs: Sequence[Leg], grad_BTH: Tensor, input_grad: bool) -> MicroResult:
+    async def _backward_legs(self, work: _Work, legs: Sequence[Leg], grad_BTH: Tensor, input_grad: bool) -> MicroResult:
         """Walk the legs back to front, as far as anything below still needs a gradient."""
         found: dict[int, dict[int, Tensor]] = {}
         grad: Tensor | None = grad_BTH
         for leg in reversed(legs):
-            if not (input_grad or batch.trains(BlockSpan(0, leg.span.stop))):
+            if not (input_grad or work.batch.trains(BlockSpan(0, leg.span.stop))):
                 return MicroResult(None, found)
             assert grad is not None
-            deeper = input_grad or (leg.span.start > 0 and batch.trains(BlockSpan(0, leg.span.start)))
-            grad = await self._backward_leg(batch, leg, grad, deeper, found)
+            deeper = input_grad or (leg.span.start > 0 and work.batch.trains(BlockSpan(0, leg.span.start)))
+            grad = await self._backward_leg(replace(work, patience=self._patience()), leg, grad, deeper, found)
         return MicroResult(grad, found)
 
-    async def _backward_leg(self, batch: Batch, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]) -> Tensor | None:
-        patience = _Patience(self.settings.patience_s)
+    async def _backward_leg(self, work: _Work, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]) -> Tensor | None:
         while True:
-            route = await self._route(leg.span, batch.tokens, patience)
+            route = await self._route(leg.span, work.batch.tokens, work.patience)
             if len(route) > 1:
-                return await self._backward_pieces(batch, leg, route[-1].span, grad_BTH, input_grad, found)
-            call = batch.call(leg.span, leg.hidden_BTH, self._directory.model, grad_BTH, input_grad)
+                return await self._backward_pieces(work, leg, route[-1].span, grad_BTH, input_grad, found)
+            call = work.batch.call(leg.span, leg.hidden_BTH, self._directory.model, grad_BTH, input_grad)
             try:
-                result = await self._call(route[0], call)
+                result = await self._call(route[0], call, work)
             except PeerFault as fault:
-                self._after(fault, patience)
+                self._after(fault, work.patience)
                 continue
-            batch.collect(leg.span, result, found)
+            work.batch.collect(leg.span, result, found)
             return result.hidden_BTH
 
     async def _backward_pieces(
-        self, batch: Batch, leg: Leg, last: BlockSpan, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]
+        self, work: _Work, leg: Leg, last: BlockSpan, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]
     ) -> Tensor | None:
         """No single server holds the blocks of ``leg`` any more: run them forward again in the pieces that there are, then back through each."""
-        legs, boundary_BTH = await self._forward_span(batch, BlockSpan(leg.span.start, last.start), leg.hidden_BTH)
+        again = replace(work, way="forward", patience=self._patience(), replay=True)
+        legs, boundary_BTH = await self._forward_span(again, BlockSpan(leg.span.start, last.start), leg.hidden_BTH)
         grad: Tensor | None = grad_BTH
         for piece in reversed([*legs, Leg(last, boundary_BTH)]):
             assert grad is not None
-            grad = await self._backward_leg(batch, piece, grad, input_grad or piece.span.start > leg.span.start, found)
+            deeper = input_grad or piece.span.start > leg.span.start
+            grad = await self._backward_leg(replace(work, patience=self._patience()), piece, grad, deeper, found)
         return grad
 
-    async def _route(self, span: BlockSpan, tokens: int, patience: _Patience) -> list[Hop]:
+    async def _route(self, span: BlockSpan, tokens: int, patience: Patience) -> list[Hop]:
         """A route for ``span`` now, or as soon as there is one, within the patience."""
-        while True:
-            try:
-                return self._directory.route(span.start, span.stop, tokens)
-            except BlocksUnserved as error:
-                remaining_s = patience.remaining_s()
-                if remaining_s <= 0:
-                    raise patience.exhausted(error) from (patience.last_fault or error)
-            try:
-                async with asyncio.timeout(remaining_s):
-                    await self._directory.refresh()
-                    await asyncio.sleep(WAIT_S)
-            except TimeoutError:
-                logger.debug("the patience ended while looking for servers")
+        began, number = now(), None
+        try:
+            while True:
+                try:
+                    return self._directory.route(span.start, span.stop, tokens)
+                except BlocksUnserved as error:
+                    if patience.remaining_s() <= 0:
+                        raise patience.exhausted(error) from (patience.last_fault or error)
+                    if (busy_s := self._directory.busy_s(span)) is not None:
+                        await asyncio.sleep(min(busy_s, patience.remaining_s()))
+                        continue
+                    number = self._wait_visibly(number, error, patience)
+                    if now() - self._told_at >= TELL_EVERY_S:
+                        self._told_at = now()
+                        logger.warning("%s; looking for one, %.0f s left", error.detail, patience.remaining_s())
+                self._directory.look()
+                await asyncio.sleep(min(WAIT_S, max(0.0, patience.remaining_s())))
+        finally:
+            if number is not None:
+                del self.events.waiting[number]
+                waited_s = now() - began
+                self.events.add(EventKind.WAITED, f"blocks {span} waited {waited_s:.1f} s for a server", span=span, lost_s=waited_s, at=now())
 
-    def _after(self, fault: PeerFault, patience: _Patience) -> None:
+    def _wait_visibly(self, number: int | None, error: BlocksUnserved, patience: Patience) -> int:
+        if number is None:
+            number = self._waits = self._waits + 1
+        self.events.waiting[number] = Waiting(error.detail, patience.ends_at)
+        return number
+
+    def _after(self, fault: PeerFault, patience: Patience) -> None:
+        """Count a failed call, and see to it that the next one goes where it can be done.
+
+        Raises:
+            SwarmError: it has been tried long enough.
+        """
         self.counters.retries += 1
-        self._totals(fault.peer).failures += 1
-        self._directory.failed(fault.peer)
-        if patience.blame(fault):
+        if isinstance(fault, PeerBusy):
+            self._directory.busy(fault.peer, fault.retry_s)
+            over = patience.wait_for(fault.retry_s, fault)
+        elif isinstance(fault, PeerDraining | PeerCutOff):
+            if isinstance(fault, PeerDraining):
+                self._directory.draining(fault.peer)
+            over = patience.blame(fault)
+        else:
+            self._totals(fault.peer).failures += 1
+            over = patience.blame(fault)
+            if isinstance(fault, PeerSlow):
+                patience.slower()
+            else:
+                self._directory.failed(fault.peer)
+        if over:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
-        logger.warning("%s; trying another server", fault)
+        expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff)
+        logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
 
-    async def _call(self, hop: Hop, call: SpanCall) -> SpanResult:
+    async def _call(self, hop: Hop, call: SpanCall, work: _Work) -> SpanResult:
         """One forward or backward on one server.
 
         Raises:
             PeerFault: it failed in a way that another server may not.
         """
-        began = time.monotonic()
-        reply, answer = await self._exchange(hop, replace(call, remaining_ms=self._remaining_ms()).to_message(), call.answer_bytes)
+        began, tokens, within_s = now(), work.batch.tokens, self.settings.call_timeout_s
+        self._notice_move(hop)
+        usual_s = self._times.limit_s(work.way, hop.span, tokens)
+        limit_s = None if usual_s is None else min(within_s, usual_s * work.patience.allowance)
+        number = work.page.ask(work.batch.index, work.way, hop.span, hop.peer, within_s, work.replay)
         try:
-            result = SpanResult.from_message(reply, call)
-        except WireError as error:
-            raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
-        seconds = time.monotonic() - began
+            message = replace(call, remaining_ms=self._remaining_ms()).to_message()
+            reply, answer = await self._exchange(hop, message, call.answer_bytes, limit_s)
+            result = _result(reply, call, hop)
+        except BaseException as error:
+            work.page.fail(number, f"{type(error).__name__}: {error}")
+            if isinstance(error, PeerFault):
+                self._count(error, hop, now() - began)
+            if isinstance(error, PeerSlow):
+                self._times.add(work.way, hop.span, tokens, now() - began)
+                self._directory.slow(hop, now() - began, tokens)
+            raise
+        work.page.accept(number, work.batch.index, hop.span, work.replay)
+        seconds = now() - began
         self._totals(hop.peer).add(seconds, result.times, answer)
-        self._directory.succeeded(hop, seconds, call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1])
+        self._times.add(work.way, hop.span, tokens, seconds)
+        self._directory.succeeded(hop, seconds, tokens)
         return result
+
+    def _count(self, fault: PeerFault, hop: Hop, lost_s: float) -> None:
+        kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW, PeerCutOff: EventKind.CUT_OFF}
+        kind = kinds.get(type(fault), EventKind.FAILED)
+        server = "" if kind is EventKind.CUT_OFF else self._label(hop.peer)
+        if server:
+            self._totals(hop.peer).lost_s += lost_s
+        self.events.add(kind, str(fault), server=server, span=hop.span, lost_s=lost_s, at=now())
+
+    def _notice_move(self, hop: Hop) -> None:
+        """Say when calls leave a server that could be asked, because another one is faster."""
+        before = self._running.get(hop.span.start)
+        if before == hop:
+            return
+        for start in [start for start, old in self._running.items() if old.span.overlap(hop.span)]:
+            del self._running[start]
+        self._running[hop.span.start] = hop
+        if before is not None and (times := self._directory.times_slower(before.peer, hop.peer)) is not None:
+            detail = f"blocks {hop.span} go to {self._label(hop.peer)} from now on: {self._label(before.peer)} takes {times:.1f} times as long"
+            self.events.add(EventKind.MOVED, detail, server=self._label(before.peer), span=hop.span, at=now())
+            logger.info("%s", detail)
 
     def _remaining_ms(self) -> int:
         return max(1, int(self.settings.call_timeout_s * 1000))
 
-    async def _exchange(self, hop: Hop, message: Message, answer_bytes: int) -> tuple[Message, Incoming]:
+    async def _exchange(self, hop: Hop, message: Message, answer_bytes: int, limit_s: float | None) -> tuple[Message, Incoming]:
         """One message to one server, and its answer, which is no fault.
+
+        Args:
+            hop: the server, and the blocks.
+            message: what to ask.
+            answer_bytes: the largest body that the answer may have.
+            limit_s: after which another server is asked, where there is one.
 
         Raises:
             PeerFault: it failed in a way that another server may not.
@@ -391,10 +395,19 @@ class Chain:
         request = encode(message, answer_bytes=answer_bytes)
         totals.bytes_up += len(request.header) + request.body_bytes
         try:
-            answer = await self._transport.call(hop.peer, request, self.settings.call_timeout_s)
+            async with asyncio.timeout(None) as scope:
+                watch = _SlowWatch(scope, self._directory, hop, limit_s)
+                try:
+                    answer = await self._transport.call(hop.peer, request, self.settings.call_timeout_s)
+                finally:
+                    watch.stop()
             reply = decode(answer)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
+        except TimeoutError as error:
+            raise PeerSlow(hop.peer, hop.span, f"no answer within {watch.after_s:.1f} s, which is long for such a call") from error
+        except NodeLost as error:
+            raise PeerCutOff(hop.peer, hop.span, str(error)) from error
         except TransportError as error:
             raise PeerFault(hop.peer, hop.span, str(error)) from error
         except WireError as error:
@@ -406,42 +419,34 @@ class Chain:
         if totals is None:
             info = self._directory.known[peer].info
             taken = {server.label for server in self.counters.servers.values()}
-            totals = self.counters.servers[peer] = ServerTotals(_label(peer, info, taken), info.span)
+            totals = self.counters.servers[peer] = ServerTotals(label_of(peer, info, taken), info.span)
         return totals
 
+    def _label(self, peer: str) -> str:
+        totals = self.counters.servers.get(peer)
+        return totals.label if totals is not None else peer[-6:]
 
-class _Patience:
-    """How much longer to look for a server: the clock starts with the first fault."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._began = time.monotonic()
-        self._ends_at: float | None = None
-        self._failed: set[str] = set()
-        self.last_fault: PeerFault | None = None
+class _SlowWatch:
+    """Ends a call that takes longer than its like, as soon as another server can do it; where none can, it goes on."""
 
-    def blame(self, fault: PeerFault) -> bool:
-        """Start the clock, and remember why; whether to give up: the time is over, and this server has failed here before.
+    def __init__(self, scope: asyncio.Timeout, directory: Directory, hop: Hop, limit_s: float | None) -> None:
+        self._scope, self._directory, self._hop = scope, directory, hop
+        self._loop, self._began = asyncio.get_running_loop(), now()
+        self._handle = None if limit_s is None else self._loop.call_later(limit_s, self._look)
+        self.after_s = 0.0
 
-        Without it, servers that describe themselves well and fail every call could be asked in turns for ever.
-        """
-        again = fault.peer in self._failed
-        self._failed.add(fault.peer)
-        self.last_fault = fault
-        if self._ends_at is None:  # a silence that has been waited out counts
-            self._ends_at = time.monotonic() + self._limit_s - min(time.monotonic() - self._began, MAX_SILENCE_S, self._limit_s / 2)
-        return again and self.remaining_s() <= 0
+    def _look(self) -> None:
+        if self._directory.others_can(self._hop):
+            self.after_s = self._loop.time() - self._began
+            self._scope.reschedule(self._loop.time())
+        else:
+            self._handle = self._loop.call_later(RECHECK_S, self._look)
 
-    def remaining_s(self) -> float:
-        """Seconds left; starts the clock."""
-        if self._ends_at is None:
-            self._ends_at = time.monotonic() + self._limit_s
-        return self._ends_at - time.monotonic()
-
-    def exhausted(self, error: BlocksUnserved) -> BlocksUnserved:
-        """The error to raise, with all that is known."""
-        because = f"; last failure: {self.last_fault}" if self.last_fault else ""
-        return BlocksUnserved(f"{error.detail}; waited {self._limit_s:.0f} s{because}", error.missing)
+    def stop(self) -> None:
+        """The call is over."""
+        if self._handle is not None:
+            self._handle.cancel()
 
 
 def _fitting(order: Sequence[int], names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], span: BlockSpan) -> list[int]:
@@ -456,9 +461,19 @@ def _fitting(order: Sequence[int], names: Sequence[tuple[int, str]], shapes: Seq
     return taken
 
 
+def _result(reply: Message, call: SpanCall, hop: Hop) -> SpanResult:
+    try:
+        return SpanResult.from_message(reply, call)
+    except WireError as error:
+        raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
+
+
 def _as_error(hop: Hop, fault: Fault) -> PeerFault | NonFinite | KwargError:
     if fault.code is FaultCode.NON_FINITE:
         return NonFinite(f"{fault.detail} (said by peer {hop.peer} for blocks {hop.span})", fault.block)
     if fault.code in DETERMINISTIC:
         return KwargError(f"peer {hop.peer} refused blocks {hop.span}: {fault.detail}")
-    return PeerFault(hop.peer, hop.span, f"{fault.code}: {fault.detail}")
+    detail = f"{fault.code}: {fault.detail}"
+    if fault.code is FaultCode.BUSY:
+        return PeerBusy(hop.peer, hop.span, detail, RETRY_BUSY_S if fault.retry_ms is None else fault.retry_ms / 1000)
+    return PeerDraining(hop.peer, hop.span, detail) if fault.code is FaultCode.DRAINING else PeerFault(hop.peer, hop.span, detail)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swarmtune.remote.chain import Batch, Chain, KwargPlan, Leg, MicroResult, micro_batches
+from swarmtune.remote.batch import Batch, KwargPlan, Leg, MicroResult, micro_batches
+from swarmtune.remote.chain import Chain
+from swarmtune.remote.guard import GradientGuard
+from swarmtune.remote.ledger import Page
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import AdapterSpec, DropoutSeed
@@ -28,17 +31,23 @@ class BodyCall:
     plans: tuple[KwargPlan, ...]
     adapter: AdapterSpec | None
     seed: int | None = None
+    guard: GradientGuard | None = None
+
+    def open_page(self, micro: Sequence[Batch]) -> Page:
+        """Plan this call."""
+        rows = [batch.hidden_BTH.shape[0] for batch in micro]
+        return self.chain.ledger.open([(sum(rows[:index]), count) for index, count in enumerate(rows)], self.chain.num_blocks)
 
     def cut(self, hidden_BTH: Tensor, tensors: Sequence[Tensor]) -> list[Batch]:
         """Micro-batches: kwargs with a batch axis are cut with the rows, the others are shared. A pure function of shapes and settings."""
         found = []
-        for start, rows in micro_batches(hidden_BTH.shape[0], hidden_BTH.shape[1], self.chain.settings.micro_batch_tokens):
-            parts = [
-                tensor if (axis := plan.axes.get("batch")) is None else tensor.narrow(axis, start, rows)
+        for index, (start, rows) in enumerate(micro_batches(hidden_BTH.shape[0], hidden_BTH.shape[1], self.chain.settings.micro_batch_tokens)):
+            parts = tuple(
+                (tensor if (axis := plan.axes.get("batch")) is None else tensor.narrow(axis, start, rows)).detach()
                 for plan, tensor in zip(self.plans, tensors, strict=True)
-            ]
+            )
             dropout = None if self.seed is None else DropoutSeed(self.seed, start)
-            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, tuple(part.detach() for part in parts), self.adapter, dropout))
+            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, parts, self.adapter, dropout, index))
         return found
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -57,9 +66,10 @@ class RemoteSequential(torch.autograd.Function):
     def forward(ctx: Any, call: BodyCall, hidden_BTH: Tensor, *tensors: Tensor) -> Tensor:
         """Run the chain; keep what entered each leg."""
         micro = call.cut(hidden_BTH, tensors)
-        results = call.wait(call.chain.forward(micro))
+        page = call.open_page(micro)
+        results = call.wait(call.chain.forward(micro, page))
         if any(ctx.needs_input_grad):
-            ctx.call = call
+            ctx.call, ctx.page = call, page
             ctx.spans = [[leg.span for leg in legs] for legs, _ in results]
             # The first leg's input is a slice of hidden_BTH, so only what came back from servers is kept beside it.
             ctx.save_for_backward(hidden_BTH, *tensors, *(leg.hidden_BTH for legs, _ in results for leg in legs[1:]))
@@ -69,7 +79,7 @@ class RemoteSequential(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Run the chain back; either every gradient comes, or an error."""
+        """Run the chain back; either every gradient comes, or an error, and then the gradients of all that learns are as before the backward."""
         call: BodyCall = ctx.call
         hidden_BTH, *rest = ctx.saved_tensors
         tensors, entered = rest[: len(call.plans)], rest[len(call.plans) :]
@@ -79,7 +89,12 @@ class RemoteSequential(torch.autograd.Function):
         # Between float16 spans gradients travel as float32, whose small numbers do not vanish.
         travelling = torch.float32 if hidden_BTH.dtype is torch.float16 else hidden_BTH.dtype
         parts = [part.to(travelling) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
-        results = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1]))
+        try:
+            results = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1], ctx.page))
+        except BaseException:
+            if call.guard is not None:
+                call.guard.restore()
+            raise
         input_grad = None
         if ctx.needs_input_grad[1]:
             input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device, hidden_BTH.dtype)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from swarmtune.errors import BlocksUnserved, SwarmMismatch, WireError
 from swarmtune.remote.census import clashes_sentence, label, models_sentence, numeric_sentence
 from swarmtune.transport.base import Transport, TransportError
+from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan, gaps
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.messages import CallKind, Fault, ServerInfo
@@ -19,9 +19,15 @@ from swarmtune.wire.messages import CallKind, Fault, ServerInfo
 logger = logging.getLogger(__name__)
 
 INFO_TIMEOUT_S = 5.0
+LOOK_TIMEOUT_S = 30.0
 FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
 HOP_COST_S = 1e-3
 SMOOTHING = 0.3
+HALF_LIFE_S = 60.0
+HALF_LIFE_CALLS = 50
+"""A server that is not asked may have become faster, so what was measured of it fades: by half in a minute, or in the time of fifty such calls."""
+SLOW_TIMES = 3.0
+"""A server that takes so many times as long as the quickest for the same blocks is called slow."""
 MIXED = "mixed"
 """Stands for the numeric class of a route that needs servers of several."""
 
@@ -41,20 +47,38 @@ class Peer:
     Attributes:
         rtt_s: round trip of its last description.
         token_block_s: smoothed seconds per token and block, network included; 0 while unknown.
+        measured_at: monotonic instant of the last call behind it.
+        call_s: what that call took.
         banned_until: monotonic instant before which it is not asked again.
+        busy_until: the same, because it said that it has no room.
         faults: in a row.
+        doubted: it failed and has not described itself since.
     """
 
     name: str
     info: ServerInfo
     rtt_s: float
     token_block_s: float = 0.0
+    measured_at: float = 0.0
+    call_s: float = 0.0
     banned_until: float = 0.0
+    busy_until: float = 0.0
     faults: int = 0
+    doubted: bool = False
 
     def usable(self) -> bool:
         """Whether it may be asked now."""
-        return time.monotonic() >= self.banned_until
+        return now() >= max(self.banned_until, self.busy_until) and not (self.doubted or self.info.draining)
+
+    def pace_s(self) -> float:
+        """Seconds per token and block to reckon with."""
+        age_s = now() - self.measured_at
+        return self.token_block_s * 0.5 ** (age_s / max(HALF_LIFE_S, HALF_LIFE_CALLS * self.call_s))
+
+    def measured(self, sample: float, call_s: float) -> None:
+        """Take a call into account."""
+        self.token_block_s = sample if not self.token_block_s else (1 - SMOOTHING) * self.token_block_s + SMOOTHING * sample
+        self.measured_at, self.call_s = now(), call_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +105,7 @@ class Directory:
         self._mode: str | None = None
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def numeric_class(self) -> str | None:
@@ -107,13 +132,28 @@ class Directory:
         """
         async with self._refreshing:
             found = await self._discovery.peers(self.model)
-            banned = {name for name, peer in self.known.items() if not peer.usable()}
+            banned = {name for name, peer in self.known.items() if now() < peer.banned_until}
             names = sorted((found | set(self.known)) - banned)
-            for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
-                self._learn(name, answer)
-            self._leave_out_other_modes()
-            self._check_weights()
-            self._tell_classes()
+            if not self._agreed:  # which of two that differ is right nobody knows yet: hear all of them first
+                for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
+                    self._learn(name, answer)
+                self._settle()
+                return
+            asking = {asyncio.create_task(self._ask(name)): name for name in names}
+            try:
+                for done in asyncio.as_completed(asking):
+                    await done
+                    for task in [task for task in asking if task.done()]:
+                        self._learn(asking.pop(task), task.result())
+                    self._settle()
+            finally:
+                for task in asking:
+                    task.cancel()
+
+    def _settle(self) -> None:
+        self._leave_out_other_modes()
+        self._check_weights()
+        self._tell_classes()
 
     def keep_mode(self, mode: str) -> None:
         """From now on, use only servers that compute in ``mode`` (``ServerInfo.mode``): a failover must not change more than the last digits."""
@@ -128,7 +168,7 @@ class Directory:
             BlocksUnserved: nobody usable holds some of them.
         """
         usable = [peer for peer in self.known.values() if peer.usable()]
-        # A peer that failed is asked again only when it has described itself since, or when nobody else is there.
+        # A peer that failed must describe itself before it is asked again, more often the more it failed, or when nobody else is there.
         for candidates in ([peer for peer in usable if not peer.faults], usable):
             hops = self._route_among(candidates, start, stop, tokens)
             if hops is not None:
@@ -156,15 +196,75 @@ class Directory:
         peer = self.known.get(hop.peer)
         if peer is not None:
             peer.faults, peer.banned_until = 0, 0.0
-            sample = seconds / (tokens * len(hop.span))
-            peer.token_block_s = sample if not peer.token_block_s else (1 - SMOOTHING) * peer.token_block_s + SMOOTHING * sample
+            peer.measured(seconds / (tokens * len(hop.span)), seconds)
 
     def failed(self, name: str) -> None:
         """Leave a peer alone for a while, longer each time in a row."""
         peer = self.known.get(name)
         if peer is not None:
-            peer.faults += 1
-            peer.banned_until = time.monotonic() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
+            peer.faults, peer.doubted = peer.faults + 1, True
+            peer.banned_until = now() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
+        self.look()
+
+    def slow(self, hop: Hop, seconds: float, tokens: int) -> None:
+        """A call was given up after ``seconds``: it takes at least as long there; others go first for a while."""
+        peer = self.known.get(hop.peer)
+        if peer is not None:
+            peer.measured(max(seconds / (tokens * len(hop.span)), peer.token_block_s), seconds)
+            peer.banned_until = now() + FIRST_BAN_S
+
+    def busy(self, name: str, retry_s: float) -> None:
+        """Leave a server alone for as long as it asks; that is no fault of it."""
+        if (peer := self.known.get(name)) is not None:
+            peer.busy_until = now() + retry_s
+
+    def draining(self, name: str) -> None:
+        """A server takes no new work until it says otherwise."""
+        if (peer := self.known.get(name)) is not None:
+            peer.info = replace(peer.info, draining=True)
+
+    def busy_s(self, span: BlockSpan) -> float | None:
+        """Seconds until a busy server that holds some of ``span`` may be asked again; ``None`` where there is none."""
+        waits = [peer.busy_until - now() for peer in self.known.values() if span.overlap(peer.info.span) and now() >= peer.banned_until]
+        return min((seconds for seconds in waits if seconds > 0), default=None)
+
+    def others_can(self, hop: Hop) -> bool:
+        """Whether servers that may be asked now could do the work of ``hop`` without its own."""
+        others = [peer for peer in self.known.values() if peer.name != hop.peer and peer.usable() and not peer.faults]
+        return _cheapest(others, hop.span.start, hop.span.stop, 0) is not None
+
+    def times_slower(self, left: str, taken: str) -> float | None:
+        """How many times as long a server that could be asked takes as another one, where that is why it was left."""
+        slow, fast = self.known.get(left), self.known.get(taken)
+        if slow is None or fast is None or slow.faults or not slow.usable() or not fast.token_block_s:
+            return None
+        times = slow.pace_s() / fast.token_block_s
+        return times if times > 1 else None
+
+    def slow_peers(self) -> list[str]:
+        """Servers that take much longer than another one of the same blocks; from any thread."""
+        measured = [peer for peer in list(self.known.values()) if peer.token_block_s]
+        return [
+            peer.name
+            for peer in measured
+            if any(
+                other.info.span.overlap(peer.info.span) and peer.token_block_s >= SLOW_TIMES * other.token_block_s
+                for other in measured
+                if other is not peer
+            )
+        ]
+
+    def look(self) -> None:
+        """Ask servers for themselves in the background, unless that goes on already."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self.refresh()
+        except (SwarmMismatch, TimeoutError) as error:
+            logger.warning("%s", error or "the swarm did not answer a look-out in time")
 
     def _prefer(self, numeric_class: str) -> None:
         if self._numeric_class == MIXED:
@@ -176,14 +276,14 @@ class Directory:
         self._numeric_class = numeric_class
 
     async def _ask(self, name: str) -> tuple[ServerInfo, float] | str:
-        began = time.monotonic()
+        began = now()
         try:
             reply = decode(await self._transport.call(name, encode(Message(CallKind.INFO), answer_bytes=0), INFO_TIMEOUT_S))
             if reply.kind == "fault":
                 return Fault.from_message(reply).detail
             if reply.kind != "info":
                 return f"peer {name} answered {reply.kind!r:.80} when asked to describe itself"
-            return ServerInfo.from_json(reply.fields), time.monotonic() - began
+            return ServerInfo.from_json(reply.fields), now() - began
         except (TransportError, WireError) as error:
             return str(error)
 
@@ -202,7 +302,7 @@ class Directory:
         if peer is None:
             self.known[name] = Peer(name, info, rtt_s)
         else:
-            peer.info, peer.rtt_s = info, rtt_s
+            peer.info, peer.rtt_s, peer.doubted = info, rtt_s, False
             peer.faults //= 2  # it answers again, so it is forgiven step by step
 
     def _check_weights(self) -> None:
@@ -280,7 +380,7 @@ def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int) -> list[Hop
             if position not in peer.info.span:
                 continue
             span = BlockSpan(position, min(stop, peer.info.span.stop))
-            total = cost_s + HOP_COST_S + peer.rtt_s + peer.token_block_s * tokens * len(span)
+            total = cost_s + HOP_COST_S + peer.rtt_s + peer.pace_s() * tokens * len(span)
             candidate = (total, count + 1, (*names, peer.name), [*hops, Hop(peer.name, span, peer.info.numeric_class)])
             if span.stop not in best or candidate[:3] < best[span.stop][:3]:
                 best[span.stop] = candidate

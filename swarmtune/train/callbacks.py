@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,8 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from swarmtune.remote.events import EventKind, SwarmStatus, Tally
 from swarmtune.train.module import perplexity
 from swarmtune.train.packing import real_tokens
+from swarmtune.train.status import SwarmProgress, troubles
 
 RECENT_BATCHES = 20
 """Batches behind the speed that is shown while training."""
@@ -26,6 +28,7 @@ class Totals(Protocol):
     label: str
     calls: int
     failures: int
+    lost_s: float
     network_s: float
     queue_s: float
     compute_s: float
@@ -56,14 +59,21 @@ class Traffic(Protocol):
     def servers(self) -> Sequence[Totals]:
         """Each server."""
 
+    @property
+    def events(self) -> Mapping[EventKind, Tally]:
+        """What went wrong, and what it cost."""
 
-SERVER_TOTALS = ("calls", "failures", "network_s", "queue_s", "compute_s", "bytes_up", "bytes_down")
+
+SERVER_TOTALS = ("calls", "failures", "lost_s", "network_s", "queue_s", "compute_s", "bytes_up", "bytes_down")
 """What is logged of each server, as ``server/<label>/<name>``."""
 
 
 def flat_totals(traffic: Traffic) -> dict[str, float]:
     """Running totals under the names by which they are logged."""
     totals: dict[str, float] = {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down, "retries": traffic.retries}
+    for kind in EventKind:
+        totals[f"events/{kind}"] = traffic.events[kind].count if kind in traffic.events else 0
+    totals["events/lost_s"] = sum(tally.lost_s for tally in traffic.events.values())
     for server in traffic.servers:
         totals.update((f"server/{server.label}/{name}", getattr(server, name)) for name in SERVER_TOTALS)
     return totals
@@ -164,22 +174,26 @@ class Meter(Callback):
 
 
 class ProgressDisplay(Callback):
-    """A bar on a terminal, a line every few seconds elsewhere; both say step, loss, speed and time left.
+    """A bar on a terminal, a line every few seconds elsewhere; both say step, loss, speed, time left, and what goes wrong in the swarm.
 
     Must stand after ``meter`` in the Trainer's list.
     """
 
-    def __init__(self, meter: Meter, console: Console, *, bar: bool, line_every_s: float = 5.0) -> None:
-        self.meter, self.console, self.bar, self.line_every_s = meter, console, bar, line_every_s
+    def __init__(
+        self, meter: Meter, console: Console, *, bar: bool, line_every_s: float = 5.0, statuses: Callable[[], Sequence[SwarmStatus]] = lambda: ()
+    ) -> None:
+        self.meter, self.console, self.bar, self.line_every_s, self.statuses = meter, console, bar, line_every_s, statuses
+        self._told = ""
         self._bar = self._new_bar(console) if bar else None
         self._task: TaskID | None = None
         self._said_at, self._began_at, self._first_step = 0.0, 0.0, 0
 
-    @staticmethod
-    def _new_bar(console: Console) -> Progress:
+    def _new_bar(self, console: Console) -> Progress:
         speed = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tok/s")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-        return Progress(*columns, console=console, transient=True)
+        bar = SwarmProgress(*columns, console=console, transient=True)
+        bar.statuses = self.statuses
+        return bar
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the empty bar."""
@@ -200,7 +214,12 @@ class ProgressDisplay(Callback):
             return
         self._said_at = now
         speed = f"{self.meter.recent_tokens_per_s:,.0f} tok/s"
-        self._say(f"step {trainer.global_step}/{total or '?'}  loss {loss:.3f}  {speed}{self._left(trainer, now)}")
+        self._say(f"step {trainer.global_step}/{total or '?'}  loss {loss:.3f}  {speed}{self._left(trainer, now)}{self._news()}")
+
+    def _news(self) -> str:
+        """What goes wrong in the swarm, where that is more than the last line said."""
+        told, self._told = self._told, ", ".join(trouble for status in self.statuses() for trouble in troubles(status))
+        return f"  ({self._told})" if self._told and self._told != told else ""
 
     def _left(self, trainer: Trainer, now: float) -> str:
         done, total = trainer.global_step - self._first_step, _total_steps(trainer)

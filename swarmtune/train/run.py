@@ -27,11 +27,12 @@ from swarmtune.notices import say
 from swarmtune.schema import Config, ProgressKind
 from swarmtune.train.callbacks import Meter, ProgressDisplay
 from swarmtune.train.checkpoint import AdapterCheckpoint, save_adapter
+from swarmtune.train.events_file import EventsFile
 from swarmtune.train.interrupt import StopBetweenSteps
 from swarmtune.train.loggers import METRICS, finish, make_loggers, publish, wandb_run
 from swarmtune.train.metrics_file import read_curve
 from swarmtune.train.module import ClassifierModule
-from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, FACTS, SUMMARY, read_facts, writing
+from swarmtune.train.run_dir import ADAPTER, CHECKPOINTS, EVENTS, FACTS, SUMMARY, read_facts, writing
 from swarmtune.train.saved_state import SavedState, newest_checkpoint, step_folders
 
 Build = Callable[[Config, swarmtune.Swarm], tuple[LightningModule, LightningDataModule]]
@@ -60,7 +61,7 @@ class Run:
             loggers = self._loggers(saved.step if saved else 0)
         code = 1
         try:
-            trainer = build_trainer(self.config, self.run_dir, self.meter, loggers, self._facts(data), _companions(data))
+            trainer = build_trainer(self.config, self.run_dir, self.meter, loggers, self._facts(data), _companions(data), self.swarm)
             waited_s = time.monotonic() - self.started
             mode = "".join(f", the body computes in {mode}" for mode in self.swarm.fingerprint().get("mode", ()))
             say(self.config, f"ready after {waited_s:.0f} s; {trainable_parameters(module):,} parameters learn{mode}")
@@ -196,6 +197,7 @@ class Run:
             "bytes_up": int(totals["bytes_up"]),
             "bytes_down": int(totals["bytes_down"]),
             "retries": int(totals["retries"]),
+            "events": {name.removeprefix("events/"): round(value, 3) for name, value in totals.items() if name.startswith("events/") and value},
             "swarm": self.swarm.fingerprint(),
             "servers": servers,
         }
@@ -236,7 +238,13 @@ def _validate(trainer: Trainer, module: LightningModule, data: LightningDataModu
 
 
 def build_trainer(
-    config: Config, run_dir: Path, meter: Meter, loggers: list[Any], facts: Mapping[str, Any], companions: Mapping[str, str]
+    config: Config,
+    run_dir: Path,
+    meter: Meter,
+    loggers: list[Any],
+    facts: Mapping[str, Any],
+    companions: Mapping[str, str],
+    swarm: swarmtune.Swarm | None = None,
 ) -> Trainer:
     """The Trainer, with our loggers and callbacks.
 
@@ -247,6 +255,7 @@ def build_trainer(
         loggers: where metrics go.
         facts: what checkpoints keep, for a resumed run to compare.
         companions: files that belong beside an adapter, as text by name.
+        swarm: says what goes on and what goes wrong.
 
     Raises:
         UsageError: a combination of flags that Lightning refuses.
@@ -255,9 +264,11 @@ def build_trainer(
     if isinstance(flags.get("val_check_interval"), float) and flags.get("check_val_every_n_epoch") is None:
         flags["check_val_every_n_epoch"] = 1  # a fraction is one of an epoch
     callbacks: list[Callback] = [meter]
+    if swarm is not None:
+        callbacks.append(EventsFile(run_dir / EVENTS, swarm.events))
     if flags.get("enable_progress_bar") is None:
         flags["enable_progress_bar"] = False  # ours is shown instead
-        callbacks += _progress(config, meter)
+        callbacks += _progress(config, meter, swarm)
     if flags.setdefault("enable_checkpointing", True):
         every, kept = config.callbacks.checkpoint_every_steps, config.callbacks.checkpoints_kept
         callbacks.append(AdapterCheckpoint(run_dir / CHECKPOINTS, every, kept, facts, companions))
@@ -269,9 +280,10 @@ def build_trainer(
         raise UsageError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def _progress(config: Config, meter: Meter) -> list[Any]:
+def _progress(config: Config, meter: Meter, swarm: swarmtune.Swarm | None) -> list[Any]:
     kind, console = config.callbacks.progress, Console()
     if kind is ProgressKind.NONE:
         return []
     bar = kind is ProgressKind.BAR or (kind is ProgressKind.AUTO and console.is_terminal)
-    return [ProgressDisplay(meter, console, bar=bar, line_every_s=config.callbacks.line_every_s)]
+    statuses = swarm.status if swarm is not None else lambda: ()
+    return [ProgressDisplay(meter, console, bar=bar, line_every_s=config.callbacks.line_every_s, statuses=statuses)]

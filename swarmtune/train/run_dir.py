@@ -19,6 +19,7 @@ from typing import Any
 from swarmtune.errors import UsageError
 
 CONFIG, FACTS, SUMMARY, LOCK, CHECKPOINTS, ADAPTER = "config.yaml", "run.json", "summary.json", "run.lock", "checkpoints", "adapter"
+EVENTS, HISTORY = "events.jsonl", "history.jsonl"
 CHAT_TEMPLATE, LABELS = "chat_template.jinja", "labels.json"
 """Files that stand beside an adapter: what rendered its conversations; the names of its classes, in the order of the model's outputs."""
 ROOT = Path("runs")

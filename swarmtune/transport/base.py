@@ -17,6 +17,10 @@ class TransportError(SwarmtuneError):
     """A call ended without a whole answer: the peer is gone, silent, too slow, or sent something else than our protocol."""
 
 
+class NodeLost(TransportError):
+    """A call ended because this side's own way into the network broke, which says nothing about the peer; it is being repaired."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """Running totals of one transport, frames and headers included."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 from swarmtune.errors import WireError
 from swarmtune.transport.base import Handler, Traffic, TransportError
+from swarmtune.transport.clock import now
 from swarmtune.wire.codec import encode
-from swarmtune.wire.frames import PREFIX, Budget, BudgetFull, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json, parse_json
+from swarmtune.wire.frames import PREFIX, Budget, BudgetFull, Encoded, FrameKind, Incoming, Prefix, Share, WireLimits, dump_json, parse_json
 from swarmtune.wire.messages import Fault, FaultCode
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,17 @@ FEATURES: tuple[str, ...] = ()
 """What a side may do on a stream only when the other has named it too. Call kinds and fields are none of these: a server answers one that it does not
 know with a fault, and another server of the swarm may know it."""
 HANDSHAKE_TIMEOUT_S = 10.0
-PING_EVERY_S = 2.0
+PING_EVERY_S = 1.0
 PONG_EVERY_S = 1.0
 SILENCE_S = 8.0
 STALL_S = 60.0
 """How long a message under way may stand still, in either direction."""
 FLUSH_S = 2.0
 MAX_CONTROL = 1024
+NO_ROOM_RETRY_MS = 500
+"""When to ask again whoever had no room for a message: nobody knows how fast the messages under way come in."""
+UNKNOWN, ARRIVING, ANSWERING = 0, 1, 2
+"""What a PONG says of the call that its PING asked about: not here, still coming in, being answered."""
 WRITE_BUFFER_BYTES = 1 << 20
 JOIN_BYTES = 1 << 16
 
@@ -70,7 +74,7 @@ class Connection:
         peer: str,
         handler: Handler | None = None,
         limits: WireLimits | None = None,
-        budget: Budget | None = None,
+        budget: Budget | Share | None = None,
         traffic: Traffic | None = None,
     ) -> None:
         self.peer = peer
@@ -82,13 +86,14 @@ class Connection:
         self._next_id = 1
         self._waiting: dict[int, asyncio.Future[Incoming]] = {}
         self._allowed: dict[int, int] = {}
+        self._sent: set[int] = set()
         self._partial: dict[int, Incoming] = {}
         self._answering: dict[int, asyncio.Task[None]] = {}
         self._control: dict[tuple[FrameKind, int], None] = {}
-        self._flushing = False
+        self._flushing, self._asked_about = False, 0
         self._slots = asyncio.Semaphore(max(1, self._limits.open_messages // 2))  # the peer has no more than twice as many
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard_at = self._said_at = time.monotonic()
+        self._heard_at = self._said_at = now()
         self._dropping: set[int] = set()
         self._refusing: set[asyncio.Task[None]] = set()
         self._failure: TransportError | None = None
@@ -155,6 +160,7 @@ class Connection:
                     await asyncio.wait((sending, future), return_when=asyncio.FIRST_COMPLETED)
                     if not future.done():
                         await sending
+                        self._sent.add(request_id)
                     return await future
                 finally:
                     cut = sending.cancel()
@@ -171,8 +177,13 @@ class Connection:
             raise TransportError(f"the connection to peer {self.peer} broke: {error}") from error
         finally:
             del self._waiting[request_id], self._allowed[request_id]
+            self._sent.discard(request_id)
             if future.done() and not future.cancelled():
                 future.exception()  # it may have failed in the moment in which the caller gave up
+
+    def abort(self, reason: str) -> None:
+        """End the stream at once; every open request fails with ``reason``."""
+        self._fail(TransportError(f"the connection to peer {self.peer} ended: {reason}"))
 
     async def close(self) -> None:
         """Stop reading, cancel what is being answered, close the stream."""
@@ -214,7 +225,7 @@ class Connection:
         prefix = Prefix.unpack(await self._reader.readexactly(PREFIX.size))
         payload = await self._reader.readexactly(prefix.payload_bytes) if prefix.payload_bytes else b""
         self._traffic.bytes_down += PREFIX.size + len(payload)
-        self._heard_at = time.monotonic()
+        self._heard_at = now()
         return prefix, payload
 
     async def _read_loop(self) -> None:
@@ -236,10 +247,10 @@ class Connection:
             case FrameKind.CALL | FrameKind.REPLY:
                 self._begin(prefix, payload)
             case FrameKind.DATA:
-                if time.monotonic() - self._said_at > PONG_EVERY_S:
+                if now() - self._said_at > PONG_EVERY_S:
                     self._post(FrameKind.PONG)  # a slow sender must know that its data arrive
                 if prefix.request_id not in self._dropping:
-                    self._expect(prefix).data(payload)
+                    self._expect(prefix).data(payload, now())
             case FrameKind.END if prefix.request_id in self._dropping:
                 self._dropping.discard(prefix.request_id)
             case FrameKind.END:
@@ -250,13 +261,29 @@ class Connection:
             case FrameKind.CANCEL:
                 self._abandon(prefix.request_id)
             case FrameKind.PING:
+                self._asked_about = prefix.request_id
                 self._post(FrameKind.PONG)
             case FrameKind.GOODBYE:
                 raise ConnectionError(f"it said: {_printable(payload)}")
             case FrameKind.HELLO:
                 raise WireError("a second hello")
+            case FrameKind.PONG if payload[:1] == bytes([UNKNOWN]):
+                self._lost(prefix.request_id)
             case FrameKind.PONG:
                 pass
+
+    def _lost(self, request_id: int) -> None:
+        """The peer has no such call and sends no answer: what it had written before it said so has been read here before."""
+        future = self._waiting.get(request_id)
+        if request_id in self._sent and request_id not in self._partial and future is not None and not future.done():
+            future.set_exception(TransportError(f"peer {self.peer} does not know of the call any more"))
+
+    def _state(self, request_id: int) -> bytes:
+        """What a PONG says of a call: one byte; nothing where the PING asked about none."""
+        if not request_id:
+            return b""
+        arriving = request_id in self._partial or request_id in self._dropping or bool(self._refusing)
+        return bytes([ANSWERING if request_id in self._answering else ARRIVING if arriving else UNKNOWN])
 
     def _begin(self, prefix: Prefix, payload: bytes) -> None:
         if prefix.request_id in self._partial or len(self._partial) >= self._limits.open_messages:
@@ -277,7 +304,7 @@ class Connection:
         if prefix.kind is FrameKind.REPLY:
             limits = replace(limits, message_bytes=self._allowed[prefix.request_id])
         try:
-            self._partial[prefix.request_id] = Incoming.begin(prefix, payload, limits, self._budget)
+            self._partial[prefix.request_id] = Incoming.begin(prefix, payload, limits, self._budget, now())
         except BudgetFull as error:
             self._drop(prefix, error)
 
@@ -291,7 +318,7 @@ class Connection:
             raise WireError("too many messages begun while there is no room for them") from error
         self._dropping.add(prefix.request_id)
         if prefix.kind is FrameKind.CALL:
-            task = self._start(self._refuse(prefix.request_id, encode(Fault(FaultCode.BUSY, str(error)).to_message())))
+            task = self._start(self._refuse(prefix.request_id, encode(Fault(FaultCode.BUSY, str(error), retry_ms=NO_ROOM_RETRY_MS).to_message())))
             self._refusing.add(task)
             task.add_done_callback(self._refusing.discard)
             return
@@ -376,7 +403,7 @@ class Connection:
         for part in parts:
             self._writer.write(part)
             self._traffic.bytes_up += len(part)
-        self._said_at = time.monotonic()
+        self._said_at = now()
         try:
             async with asyncio.timeout(STALL_S):
                 await self._writer.drain()
@@ -400,7 +427,11 @@ class Connection:
             while self._control:
                 kind, request_id = next(iter(self._control))
                 del self._control[kind, request_id]
-                await self._send_frame(kind, b"", request_id)
+                if kind is FrameKind.PONG:  # of several questions that have come in meanwhile, the last is answered
+                    request_id, self._asked_about = self._asked_about, 0
+                    await self._send_frame(kind, self._state(request_id), request_id)
+                else:
+                    await self._send_frame(kind, b"", request_id)
         except OSError as error:
             self._fail(TransportError(f"the connection to peer {self.peer} broke: {error}"))
         finally:
@@ -417,17 +448,17 @@ class Connection:
         """While an answer is awaited, make sure that the peer's process is alive; while a message comes in, that it goes on."""
         while self._failure is None:
             await asyncio.sleep(PING_EVERY_S)
-            now = time.monotonic()
-            if any(now - partial.moved_at > STALL_S for partial in self._partial.values()):
+            at = now()
+            if any(at - partial.moved_at > STALL_S for partial in self._partial.values()):
                 self._fail(TransportError(f"peer {self.peer} stopped in the middle of a message"))
             elif self._waiting:
                 await self._ping()
 
     async def _ping(self) -> None:
-        asked_at = time.monotonic()
-        self._post(FrameKind.PING)
+        asked_at = now()
+        self._post(FrameKind.PING, min(self._sent, default=0))
         while self._waiting and self._heard_at < asked_at:
-            if time.monotonic() - asked_at > SILENCE_S:
+            if now() - asked_at > SILENCE_S:
                 self._fail(TransportError(f"peer {self.peer} has been silent for {SILENCE_S:.0f} s"))
                 return
             await asyncio.sleep(0.1)

@@ -1,19 +1,18 @@
-"""hivemind's libp2p daemon as a transport: the daemon's life, dialling, and our frames on its binary streams.
+"""hivemind's libp2p daemon as a transport: its rebuilding when it dies, dialling, and our frames on its binary streams.
 
-hivemind's exceptions are translated here. Its client library attaches to a daemon that we start ourselves, under a keeper shell that ends the
-daemon and removes its directory whenever this process goes away, however it goes.
+hivemind's exceptions are translated here. Its client library attaches to a daemon that we start ourselves (``daemon.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import re
 import shutil
-import subprocess
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,11 @@ from hivemind.utils.multiaddr import Multiaddr
 from swarmtune.discovery.identity import Identity
 from swarmtune.discovery.records import joinable, peer_of
 from swarmtune.errors import ServerStartFailed
-from swarmtune.transport.base import Handler, Traffic, TransportError
+from swarmtune.transport.base import Handler, NodeLost, Traffic, TransportError
+from swarmtune.transport.clock import now
 from swarmtune.transport.connection import Connection, close_writer
-from swarmtune.wire.frames import Budget, Encoded, Incoming, WireLimits
+from swarmtune.transport.daemon import Daemon
+from swarmtune.wire.frames import Budget, Encoded, Incoming, Share, WireLimits
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,12 @@ DIAL_TIMEOUT_S = 8.0
 CLOSE_TIMEOUT_S = 5.0
 DAEMON_TIMEOUT_S = 2.0
 MAX_CONNECTIONS = 256
-KEEPER = 'dir=$1; shift; "$@" </dev/null & child=$!; echo "daemon $child"; exec >&- 2>&-; read -r _; kill "$child"; wait "$child"; rm -rf -- "$dir"'
-"""Waits for the end of its standard input (ours to hold open), then ends the daemon and removes its directory."""
+PROBE_EVERY_S = 1.0
+PROBE_TIMEOUT_S = 1.5
+PROBE_MISSES = 2
+"""A daemon that does not answer so many probes in a row, and through which nothing comes meanwhile, is taken for hung."""
+REBUILD_PATIENCE_S = 60.0
+NEWS_S = 0.02
 
 _FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError)
 
@@ -76,7 +81,10 @@ class HivemindNode:
     Attributes:
         peer_id: ours, in base 58.
         addresses: where others can dial us; empty for a node that does not listen.
-        daemon_ended: set once the daemon is gone, whoever ended it.
+        daemon_ended: set once the daemon is gone and could not be started again.
+        rebuilds: how often it was started again.
+        rebuilt: called after each time, in order, with this node working again.
+        told: called with a sentence and the seconds that it took, after each time.
     """
 
     def __init__(self, identity: Identity | None = None, limits: WireLimits | None = None) -> None:
@@ -87,13 +95,29 @@ class HivemindNode:
         self._limits = limits or WireLimits()
         self._budget = Budget(self._limits.open_bytes)
         self._p2p: P2P | None = None
-        self._keeper: asyncio.subprocess.Process | None = None
+        self._daemon: Daemon | None = None
         self._directory: Path | None = None
-        self._output: asyncio.Task[None] | None = None
+        self._listen: tuple[str, ...] = ()
+        self._reach = Reach()
+        self._handler: Handler | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._redials: dict[str, asyncio.Task[None]] = {}
+        self._ready = asyncio.Event()
+        self._failure, self._starts = "", 0
+        self._addresses_of: dict[str, str] = {}
         self._connections: dict[str, Connection] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
         self._served: set[Connection] = set()
         self.daemon_ended = asyncio.Event()
+        self.rebuilds = 0
+        self.rebuilt: list[Callable[[], Awaitable[None]]] = []
+        self.told: Callable[[str, float], None] = lambda sentence, seconds: logger.warning("%s", sentence)
+
+    @property
+    def daemon_pid(self) -> int | None:
+        """Process id of the daemon; ``None`` while there is none."""
+        return self._daemon.pid if self._daemon is not None else None
 
     @property
     def p2p(self) -> P2P:
@@ -109,22 +133,121 @@ class HivemindNode:
             ServerStartFailed: the daemon did not start, for instance because a port is in use.
         """
         # Short and in /tmp: the path of a unix socket has at most 108 bytes.
-        directory = Path(tempfile.mkdtemp(prefix="swarmtune-", dir="/tmp" if os.path.isdir("/tmp") else None))
-        self._directory = directory
-        key = directory / "identity"
+        self._directory = Path(tempfile.mkdtemp(prefix="swarmtune-", dir="/tmp" if os.path.isdir("/tmp") else None))
+        key = self._directory / "identity"
         key.touch(mode=0o600)
         key.write_bytes(self.identity.to_bytes())
+        self._listen, self._reach = tuple(listen), reach or Reach()
+        try:
+            await self._start_daemon()
+        except ServerStartFailed:
+            await self.close()
+            raise
+        self._listen = tuple(_with_port(address, self.addresses) for address in listen)
+        self._ready.set()
+        self._keeping = asyncio.create_task(self._keep())
+        return self
+
+    async def _start_daemon(self) -> None:
+        """A daemon in the runtime directory, and hivemind attached to it.
+
+        Raises:
+            ServerStartFailed: it did not start, for instance because a port is in use.
+        """
+        assert self._directory is not None
+        self._starts += 1
+        self._daemon = daemon = Daemon(self._directory, self._starts)
+        flags = ["-tls=1", "-relayDiscovery=0", "-autonat=0", "-dhtClient", "-idleTimeout=30s", *self._reach.flags()]
+        flags += [f"-hostAddrs={','.join(self._listen)}"] if self._listen else ["-noListenAddrs"]
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._start_daemon(directory, key, listen, reach or Reach())
-                attached: Any = type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/"})
-                self._p2p = await attached.replicate(Multiaddr(f"/unix{directory}/daemon.sock"))
-                if listen:
+                await daemon.start(Path(hivemind.hivemind_cli.__path__[0]) / "p2pd", self._directory / "identity", flags)
+                attached: Any = type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{self._directory}/"})
+                self._p2p = await attached.replicate(Multiaddr(f"/unix{daemon.socket}"))
+                if self._listen:
                     await self.look_at_addresses()
-        except (TimeoutError, TransportError, *_FOREIGN) as error:
-            await self.close()
+        except (TimeoutError, TransportError, ServerStartFailed, *_FOREIGN) as error:
+            await daemon.close(replace=True)
             raise ServerStartFailed(f"the p2p daemon did not start: {error or 'no answer'}") from error
-        return self
+
+    async def _keep(self) -> None:
+        """As long as this node lives: when the daemon dies or hangs, start another one that cannot be told from it."""
+        while True:
+            why = await self._until_lost()
+            began = now()
+            self._ready.clear()
+            rebuilt = False
+            try:
+                rebuilt = await self._rebuild(began)
+            finally:
+                if not rebuilt:
+                    self.daemon_ended.set()
+                self._ready.set()
+            if not rebuilt:
+                return
+            self._redials = {peer: asyncio.create_task(self._redial(address)) for peer, address in self._addresses_of.items()}
+            self.rebuilds += 1
+            seconds = now() - began
+            self.told(f"the p2p daemon of this process {why}: another one took its place after {seconds:.1f} s (number {self.rebuilds})", seconds)
+            if self._following is not None:
+                self._following.cancel()
+            self._following = asyncio.create_task(self._follow())  # beside the watch: another daemon may die meanwhile
+
+    async def _follow(self) -> None:
+        for hook in self.rebuilt:
+            try:
+                await hook()
+            except TransportError as error:
+                logger.warning("after the p2p daemon was started again: %s", error)
+
+    async def _until_lost(self) -> str:
+        """Wait until the daemon is gone, or answers nothing although it is asked; says which."""
+        assert self._daemon is not None
+        misses, heard = 0, self.traffic.bytes_down
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._daemon.ended.wait(), PROBE_EVERY_S)
+            if self._daemon.gone:
+                return "ended"
+            answered = await self.connected(PROBE_TIMEOUT_S) is not None
+            misses = 0 if answered or self.traffic.bytes_down != heard else misses + 1
+            heard = self.traffic.bytes_down
+            if misses >= PROBE_MISSES:
+                return "hung"
+
+    async def _rebuild(self, began: float) -> bool:
+        """The same identity, ports and handlers over a new daemon; whether that worked within the patience."""
+        for connection in (*self._connections.values(), *self._served):
+            connection.abort("the p2p daemon of this process ended")
+        self._connections.clear()
+        if self._p2p is not None:
+            p2p, self._p2p = self._p2p, None
+            await p2p.shutdown()
+        if self._daemon is not None:
+            await self._daemon.close(replace=True)
+        pause_s = 0.1
+        while True:
+            try:
+                await self._start_daemon()
+                break
+            except ServerStartFailed as error:
+                self._failure = str(error)
+                logger.warning("%s; trying again", error)
+            if now() + pause_s > began + REBUILD_PATIENCE_S:
+                return False
+            await asyncio.sleep(pause_s)
+            pause_s = min(2.0, 2 * pause_s)
+        self._failure = ""
+        if self._handler is not None:
+            await self.serve(self._handler)
+        return True
+
+    async def _redial(self, address: str) -> None:
+        """A new daemon knows nobody."""
+        try:
+            await self.connect(address)
+        except TransportError as error:
+            logger.debug("%s", error)
 
     @property
     def answering(self) -> bool:
@@ -149,16 +272,19 @@ class HivemindNode:
         connected = await self.connected()
         return None if connected is None else len(connected)
 
-    async def connected(self) -> set[str] | None:
+    async def connected(self, timeout_s: float = DAEMON_TIMEOUT_S) -> set[str] | None:
         """The peers that the daemon is connected to; ``None`` where it does not answer."""
         try:
-            async with asyncio.timeout(DAEMON_TIMEOUT_S):
-                return {peer.peer_id.to_base58() for peer in await self.p2p.list_peers()}
+            async with asyncio.timeout(timeout_s):
+                _, writer, response = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+                await close_writer(writer)
+            return {PeerID(peer.id).to_base58() for peer in response.peers}
         except (TimeoutError, TransportError, *_FOREIGN):
             return None
 
     async def serve(self, handler: Handler) -> None:
         """Answer calls from other peers with ``handler``."""
+        self._handler = handler
 
         async def on_stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if len(self._served) >= MAX_CONNECTIONS:  # the longest idle one makes room, so that idle strangers cannot shut others out
@@ -168,7 +294,8 @@ class HivemindNode:
                     return
                 await min(idle, key=idle.__getitem__).close()
             peer = info.peer_id.to_base58()
-            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=self._budget, traffic=self.traffic)
+            share = Share(self._budget, peer)
+            connection = Connection(reader, writer, peer=peer, handler=handler, limits=self._limits, budget=share, traffic=self.traffic)
             self._served.add(connection)
             try:
                 await connection.open()
@@ -190,88 +317,71 @@ class HivemindNode:
         place = address.removesuffix(f"/p2p/{peer}")
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
+                await self._ready.wait()
                 # The client object is hivemind's own; it has no public way to dial an address after the start.
                 await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(place)])
-        except (TimeoutError, *_FOREIGN) as error:
+        except (TimeoutError, TransportError, *_FOREIGN) as error:
             raise TransportError(f"peer {peer} cannot be reached at {address}: {_brief(error, place)}") from error
+        self._addresses_of[peer] = address
         return peer
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """See ``Transport.call``."""
-        deadline = time.monotonic() + timeout_s
+        deadline, daemon = now() + timeout_s, self._daemon
         try:
-            async with asyncio.timeout(timeout_s):
-                connection = await self._connection(peer)
-        except TimeoutError as error:
-            raise TransportError(f"no stream to peer {peer} within {timeout_s:.1f} s") from error
-        return await connection.request(request, max(0.001, deadline - time.monotonic()))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    connection = await self._connection(peer)
+            except TimeoutError as error:
+                raise TransportError(f"no stream to peer {peer} within {timeout_s:.1f} s") from error
+            return await connection.request(request, max(0.001, deadline - now()))
+        except TransportError as error:
+            if now() < deadline and not self.daemon_ended.is_set() and await self._lost(daemon):
+                raise NodeLost(f"the p2p daemon of this process ended during the call: {error}") from error
+            raise
+
+    async def _lost(self, daemon: Daemon | None) -> bool:
+        """Whether ``daemon`` is gone or replaced; its end is heard of a moment after that of its streams."""
+        with contextlib.suppress(TimeoutError):
+            if daemon is not None and daemon is self._daemon:
+                await asyncio.wait_for(daemon.ended.wait(), NEWS_S)
+        return daemon is not self._daemon or (daemon is not None and daemon.ended.is_set())
 
     async def close(self) -> None:
         """Close all streams, end the daemon, remove its directory. Safe to repeat."""
+        tasks = [task for task in (self._keeping, self._following, *self._redials.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for connection in (*self._connections.values(), *self._served):
             await connection.close()
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
             await asyncio.wait_for(p2p.shutdown(), CLOSE_TIMEOUT_S)
-        if self._keeper is not None:
-            keeper, self._keeper = self._keeper, None
-            assert keeper.stdin is not None
-            keeper.stdin.close()
-            try:
-                await asyncio.wait_for(keeper.wait(), CLOSE_TIMEOUT_S)
-            except TimeoutError:
-                keeper.kill()
-        if self._output is not None:
-            self._output.cancel()
+        if self._daemon is not None:
+            daemon, self._daemon = self._daemon, None
+            await daemon.close()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _start_daemon(self, directory: Path, key: Path, listen: Sequence[str], reach: Reach) -> None:
-        binary = Path(hivemind.hivemind_cli.__path__[0]) / "p2pd"
-        flags = [
-            "-tls=1",
-            "-relayDiscovery=0",
-            "-autonat=0",
-            "-dhtClient",
-            "-idleTimeout=30s",
-            *reach.flags(),
-        ]
-        flags += [f"-hostAddrs={','.join(listen)}"] if listen else ["-noListenAddrs"]
-        self._keeper = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", KEEPER, "swarmtune-keeper", str(directory), str(binary), f"-id={key}", f"-listen=/unix{directory}/daemon.sock", *flags,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, close_fds=True,
-            env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": str(directory), "GOLOG_LOG_LEVEL": "error"},
-        )  # fmt: skip
-        assert self._keeper.stdout is not None
-        last = "it ended at once"
-        async for raw in self._keeper.stdout:
-            line = raw.decode("utf-8", "replace").strip()
-            if line.startswith("Peer ID:"):
-                break
-            last = line or last
-        else:
-            raise P2PDaemonError(last[:300])
-        self._output = asyncio.create_task(self._drain(self._keeper.stdout))
-
-    async def _drain(self, output: asyncio.StreamReader) -> None:
-        """Keep the daemon's pipe empty; its end means that the daemon is gone."""
-        async for raw in output:
-            logger.debug("p2pd: %s", raw.decode("utf-8", "replace").rstrip())
-        self.daemon_ended.set()
-
-    async def _open_stream(self, peer: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """What ``P2P.call_binary_stream_handler`` does, but closing the socket to the daemon when it fails or is cancelled."""
+    async def _ask(self, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Any]:
+        """One request to the daemon over a socket of its own, which is closed when that fails or is cancelled, as hivemind's client would not."""
         reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
         try:
-            request = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[STREAM_NAME])
-            await write_pbmsg(writer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
+            await write_pbmsg(writer, request)
             response = p2pd_pb2.Response()
             await read_pbmsg_safe(reader, response)
             raise_if_failed(response)
         except BaseException:
             await close_writer(writer)
             raise
+        return reader, writer, response
+
+    async def _open_stream(self, peer: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """What ``P2P.call_binary_stream_handler`` does."""
+        request = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[STREAM_NAME])
+        reader, writer, _ = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=request))
         return reader, writer
 
     async def _connection(self, peer: str) -> Connection:
@@ -279,8 +389,11 @@ class HivemindNode:
             connection = self._connections.get(peer)
             if connection is not None and not connection.closed.is_set():
                 return connection
+            await self._ready.wait()  # while the daemon is being replaced; the caller's deadline bounds it
+            if (redial := self._redials.get(peer)) is not None:
+                await asyncio.wait([redial])
             if self.daemon_ended.is_set():
-                raise TransportError("the p2p daemon of this process has ended: connect again")
+                raise TransportError(f"the p2p daemon of this process ended and could not be started again ({self._failure}): connect again")
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT_S):
                     reader, writer = await self._open_stream(peer)
@@ -291,6 +404,15 @@ class HivemindNode:
             connection = Connection(reader, writer, peer=peer, limits=self._limits, traffic=self.traffic)
             self._connections[peer] = await connection.open()
             return connection
+
+
+def _with_port(address: str, bound: Sequence[str]) -> str:
+    """An address to listen on, with the port that was bound where it left the choice open."""
+    protocol = re.search(r"/(tcp|udp)/0(/|$)", address)
+    if protocol is None:
+        return address
+    ports = [found[1] for each in bound if (found := re.search(rf"/{protocol[1]}/(\d+)", each))]
+    return address.replace(f"/{protocol[1]}/0", f"/{protocol[1]}/{ports[0]}", 1) if ports else address
 
 
 def _brief(error: BaseException, place: str = "") -> str:

@@ -10,6 +10,8 @@ from swarmtune.transport.base import Handler, Traffic, TransportError
 from swarmtune.transport.connection import Connection
 from swarmtune.wire.frames import Encoded, Incoming, WireLimits
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 
 class LoopbackTransport:
     """Calls handlers by peer name. A peer removed from ``handlers`` is dead: its connections are cut at once."""
@@ -19,7 +21,7 @@ class LoopbackTransport:
         self.traffic = Traffic()
         self._limits = limits
         self._pairs: dict[str, tuple[Connection, Connection]] = {}
-        self._dialling = asyncio.Lock()
+        self._dialling: dict[str, asyncio.Lock] = {}
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """See ``Transport.call``."""
@@ -37,16 +39,24 @@ class LoopbackTransport:
             await self.kill(peer)
 
     async def _connection(self, peer: str) -> Connection:
-        async with self._dialling:
+        async with self._dialling.setdefault(peer, asyncio.Lock()):
             pair = self._pairs.get(peer)
             if pair is not None and not pair[0].closed.is_set():
                 return pair[0]
             handler = self.handlers.get(peer)
             if handler is None:
                 raise TransportError(f"peer {peer} is not there")
-            ends = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
-            client = Connection(*ends[0], peer=peer, limits=self._limits, traffic=self.traffic)
-            server = Connection(*ends[1], peer="client", handler=handler, limits=self._limits)
-            await asyncio.gather(client.open(), server.open())
+            ours, theirs = await self._streams(peer)
+            client = Connection(*ours, peer=peer, limits=self._limits, traffic=self.traffic)
+            server = Connection(*theirs, peer="client", handler=handler, limits=self._limits)
             self._pairs[peer] = (client, server)
+            opened = await asyncio.gather(client.open(), server.open(), return_exceptions=True)
+            for failure in opened:
+                if isinstance(failure, BaseException):
+                    raise failure
             return client
+
+    async def _streams(self, peer: str) -> tuple[Streams, Streams]:
+        """Two ends of a new connection to ``peer``: ours, and the peer's."""
+        ours, theirs = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
+        return ours, theirs

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -164,6 +163,7 @@ class Budget:
 
     limit_bytes: int
     used_bytes: int = 0
+    by_peer: dict[str, int] = field(default_factory=dict)
 
     def reserve(self, size: int) -> None:
         """Take ``size`` bytes.
@@ -180,13 +180,40 @@ class Budget:
         self.used_bytes -= size
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one peer may take of a budget, on all its streams together: half of it, or one message where that is more."""
+
+    budget: Budget
+    peer: str
+
+    def reserve(self, size: int) -> None:
+        """Take ``size`` bytes.
+
+        Raises:
+            BudgetFull: that would exceed the peer's share, or the limit of all.
+        """
+        held = self.budget.by_peer.get(self.peer, 0)
+        if held and held + size > self.budget.limit_bytes // 2:
+            raise BudgetFull(f"a message of {size} bytes does not fit now: this peer holds {held} of at most {self.budget.limit_bytes // 2} bytes")
+        self.budget.reserve(size)
+        self.budget.by_peer[self.peer] = held + size
+
+    def release(self, size: int) -> None:
+        """Give back what ``reserve`` took."""
+        self.budget.release(size)
+        left = self.budget.by_peer.pop(self.peer) - size
+        if left:
+            self.budget.by_peer[self.peer] = left
+
+
 @dataclass(slots=True)
 class Incoming:
     """A message being received: checked head, then data, then the trailer.
 
     Attributes:
         held_bytes: what it took from the budget, for whoever drops it to give back.
-        moved_at: monotonic instant of its last byte.
+        moved_at: instant of its last byte, on the clock of whoever feeds it.
     """
 
     kind: FrameKind
@@ -197,10 +224,10 @@ class Incoming:
     held_bytes: int
     checksum: int
     received: int = 0
-    moved_at: float = field(default_factory=time.monotonic)
+    moved_at: float = 0.0
 
     @classmethod
-    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget) -> Incoming:
+    def begin(cls, prefix: Prefix, payload: bytes, limits: WireLimits, budget: Budget | Share, at: float = 0.0) -> Incoming:
         """Check a head frame; only then reserve and allocate the body that it declares.
 
         Raises:
@@ -225,9 +252,9 @@ class Incoming:
         except WireError:
             budget.release(held_bytes)
             raise
-        return cls(prefix.kind, prefix.request_id, header, specs, body, held_bytes, zlib.crc32(payload))
+        return cls(prefix.kind, prefix.request_id, header, specs, body, held_bytes, zlib.crc32(payload), moved_at=at)
 
-    def data(self, payload: bytes) -> None:
+    def data(self, payload: bytes, at: float = 0.0) -> None:
         """Append one data frame.
 
         Raises:
@@ -239,7 +266,7 @@ class Incoming:
         if not payload:
             raise WireError("a data frame carries nothing")
         self.body[self.received : end] = payload
-        self.received, self.moved_at = end, time.monotonic()
+        self.received, self.moved_at = end, at
         self.checksum = zlib.crc32(payload, self.checksum)
 
     def end(self, payload: bytes) -> None:

@@ -17,6 +17,7 @@ from swarmtune.wire.frames import WireLimits, dump_json
 from swarmtune.wire.tensors import ALIGNMENT
 
 MAX_DETAIL = 2000
+MAX_RETRY_MS = 60_000
 
 
 class CallKind(StrEnum):
@@ -335,15 +336,20 @@ class Fault:
 
     Attributes:
         block: the first bad block, where one is known.
+        retry_ms: with busy, when to ask again, as the server guesses; older servers do not say.
     """
 
     code: FaultCode
     detail: str
     block: int | None = None
+    retry_ms: int | None = None
 
     def to_message(self) -> Message:
         """As it travels; the detail is cut at 2000 characters."""
-        return Message("fault", {"code": str(self.code), "detail": self.detail[:MAX_DETAIL], "block": self.block})
+        fields: dict[str, Any] = {"code": str(self.code), "detail": self.detail[:MAX_DETAIL], "block": self.block}
+        if self.retry_ms is not None:
+            fields["retry_ms"] = self.retry_ms
+        return Message("fault", fields)
 
     @classmethod
     def from_message(cls, message: Message) -> Fault:
@@ -354,7 +360,13 @@ class Fault:
             raise WireError(f"detail must be a string of at most {MAX_DETAIL} characters")
         printable = "".join(character if character.isprintable() else " " for character in detail)
         known = FaultCode(code) if code in FaultCode._value2member_map_ else FaultCode.INTERNAL
-        return cls(known, printable, None if block is None else integer(block, "block", 0, 1 << 20))
+        retry_ms = message.fields.get("retry_ms")
+        return cls(
+            known,
+            printable,
+            None if block is None else integer(block, "block", 0, 1 << 20),
+            None if retry_ms is None else integer(retry_ms, "retry_ms", 1, MAX_RETRY_MS),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +385,7 @@ class ServerInfo:
         name: what its owner calls it.
         rate_tok_s: tokens times blocks that it computed per second lately; 0 where unknown.
         family: whose server it is; the same on all servers of one owner.
+        draining: it finishes what is in flight and takes no new work.
     """
 
     model: str
@@ -386,6 +399,7 @@ class ServerInfo:
     name: str = ""
     rate_tok_s: int = 0
     family: str = ""
+    draining: bool = False
 
     @property
     def quantisation(self) -> str:
@@ -416,6 +430,9 @@ class ServerInfo:
         """
         span = block_span(fields.get("span"), "span")
         num_blocks = integer(fields.get("num_blocks"), "num_blocks", 1, 1 << 20)
+        draining = fields.get("draining", False)
+        if not isinstance(draining, bool):
+            raise WireError("draining must be true or false")
         digests, numeric = fields.get("block_digests"), fields.get("numeric")
         if not isinstance(digests, list) or len(digests) != len(span) or span.stop > num_blocks:
             raise WireError("a server's span, its digests and the number of blocks do not fit together")
@@ -433,4 +450,5 @@ class ServerInfo:
             name=text(fields.get("name", ""), "name", 128),
             rate_tok_s=integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
             family=text(fields.get("family", ""), "family", 128),
+            draining=draining,
         )

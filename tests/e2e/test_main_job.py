@@ -21,6 +21,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomForCausalLM
 
+from swarmtune.remote.verdict import judge
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,10 +104,52 @@ def test_checkpoints_hold_only_what_learns_with_an_adapter_beside_each(short_run
 
 
 def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: Path) -> None:
-    words = ["recipe=lora_bloom", "trainer.max_steps=12", "trainer.limit_val_batches=2"]
+    words = ["recipe=lora_bloom", "trainer.max_steps=12", "trainer.limit_val_batches=2", "trainer.accumulate_grad_batches=2", "data.batch_size=4"]
     words += ['swarm.spans=["0:2","2:4","0:2","2:4"]', "swarm.threads=1"]
     assert run([*words, "run_dir=quiet"], tmp_path).returncode == 0
-    words += ["callbacks.progress=lines", "callbacks.line_every_s=0.1", "run_dir=loud"]
+    words += ["callbacks.progress=lines", "callbacks.line_every_s=0.1"]
+    loud_run(tmp_path, [*words, "swarm.history=true", "run_dir=loud"])
+    assert_same_adapter(tmp_path / "quiet", tmp_path / "loud")
+    summary = summary_of(tmp_path / "loud")
+    assert summary["retries"] >= 2
+    events = [json.loads(line) for line in (tmp_path / "loud" / "events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] in ("failed", "slow") for event in events) >= summary["events"]["failed"] >= 2
+    assert {server["lost_s"] > 0 for server in summary["servers"].values() if server["failures"]} == {True}
+    assert "events/failed" in (tmp_path / "loud" / "metrics.csv").read_text().splitlines()[0].split(",")
+    verdict = judge(tmp_path / "loud" / "history.jsonl")
+    assert verdict.clean, verdict
+    assert verdict.passes > 2 * 12 * 2
+
+    said = gone_run(tmp_path, [*words, "swarm.patience_s=3", "run_dir=gone"])
+    assert re.search(r"nobody serves blocks 0:\d.* of 0:4; .*; looking for one, [0-3] s left", said), said
+    assert re.search(r"waited 3 s; last failure: peer .*; step \d+ is saved: go on with swarmtune resume=\S*gone", said), said
+    assert run(["resume=gone"], tmp_path).returncode == 0
+    assert_same_adapter(tmp_path / "quiet", tmp_path / "gone")
+
+
+def assert_same_adapter(quiet: Path, loud: Path) -> None:
+    a, b = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (quiet, loud))
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def gone_run(tmp_path: Path, words: list[str]) -> str:
+    """A run all of whose servers are killed at once; what it says."""
+    process = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 5/"):
+            for server in servers_of(process.pid):
+                os.kill(server.pid, signal.SIGKILL)
+    assert process.wait(60) == 1, "".join(lines)
+    process.stdout.close()
+    return "".join(lines)
+
+
+def loud_run(tmp_path: Path, words: list[str]) -> None:
+    """A run two of whose servers are killed, those at work."""
     process = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines: list[str] = []
@@ -126,10 +170,6 @@ def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: 
     assert process.wait(60) == 0, "".join(lines)
     process.stdout.close()
     assert steps >= 5
-    quiet, loud = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("quiet", "loud"))
-    assert summary_of(tmp_path / "loud")["retries"] >= 2
-    assert list(quiet) == list(loud)
-    assert all(torch.equal(quiet[name], loud[name]) for name in quiet)
 
 
 def busy_s(process: psutil.Process) -> float:

@@ -37,6 +37,7 @@ def stand_in(path: str, swarm: object, adapter: object) -> nn.Module:
 
 class Traffic:
     bytes_up, bytes_down, retries, wait_s, servers = 10, 20, 0, 0.0, ()
+    events: dict = {}
 
 
 class StandInSwarm:
@@ -63,6 +64,12 @@ class StandInSwarm:
 
     def traffic(self) -> Traffic:
         return Traffic()
+
+    def events(self, after: float = 0.0) -> list:
+        return []
+
+    def status(self) -> list:
+        return []
 
     def fingerprint(self) -> dict:
         return {"model": ["x"]}

@@ -135,6 +135,8 @@ def test_the_summary_shows_every_fact_and_three_lines_of_peft(capsys: pytest.Cap
         "bytes_up": 1_000_000,
         "bytes_down": 2_500_000,
         "retries": 3,
+        "events": {"failed": 2, "waited": 1, "lost_s": 4.25},
+        "servers": {"alpha": {"failures": 2.0}, "beta": {"failures": 0.0}},
         "run_dir": "/runs/" + "long" * 60,
         "loss_curve": "/runs/loss.png",
         "adapter_dir": "/runs/adapter",
@@ -148,6 +150,7 @@ def test_the_summary_shows_every_fact_and_three_lines_of_peft(capsys: pytest.Cap
         "61.2 -> 30.5",
         "5,123",
         "1.0 MB up, 2.5 MB down, 3 retries",
+        "2 calls failed and were done elsewhere, 1 wait for a server (alpha 2); 4.2 s lost",
         "/runs/loss.png",
     ):
         assert fact in out

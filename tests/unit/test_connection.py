@@ -666,7 +666,9 @@ def test_a_call_that_does_not_fit_into_the_budget_now_is_answered_busy_and_the_o
             raw.send_message(SMALL, 1, without_end=True)
             await settle(lambda: budget.used_bytes > 0)
             raw.send_message(BIG, 2)
-            assert b"busy" in (await raw.read())[1]
+            answer = (await raw.read())[1]
+            assert b"busy" in answer
+            assert b'"retry_ms":500' in answer
             assert (await raw.read())[0].kind is FrameKind.END
             raw.send(FrameKind.END, list(SMALL.frames(FrameKind.CALL, 1))[-1][1].tobytes(), 1)
             prefix, payload = await raw.read()

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from swarmtune import errors
-from swarmtune.errors import BlocksUnserved, NonFinite, PeerFault, SwarmtuneError
+from swarmtune.errors import BlocksUnserved, NonFinite, PeerBusy, PeerCutOff, PeerDraining, PeerFault, PeerSlow, SwarmtuneError
 from swarmtune.types import BlockSpan
 
 CLASSES = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
@@ -18,6 +18,10 @@ EXAMPLES: dict[str, list[SwarmtuneError]] = {
     "NonFinite": [NonFinite("NaN in the loss", 3), NonFinite("outside")],
     "BlocksUnserved": [BlocksUnserved("nobody serves 2:4", (BlockSpan(2, 4), BlockSpan(6, 8))), BlocksUnserved("nobody")],
     "PeerFault": [PeerFault("12D3KooW", BlockSpan(0, 4), "it is busy"), PeerFault("12D3KooW", None, "gone")],
+    "PeerBusy": [PeerBusy("12D3KooW", BlockSpan(0, 4), "no room", 0.5)],
+    "PeerDraining": [PeerDraining("12D3KooW", BlockSpan(0, 4), "it is shutting down")],
+    "PeerCutOff": [PeerCutOff("12D3KooW", BlockSpan(0, 4), "the p2p daemon ended")],
+    "PeerSlow": [PeerSlow("12D3KooW", None, "no answer")],
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from servers import program, span
-from servers.executor import Executor
+from servers.executor import Busy, Executor
 from servers.handler import CallHandler
 from swarmtune.adapters import tuners
 from swarmtune.adapters.injection import fresh, inject_plain, spec_of
@@ -32,7 +32,7 @@ from swarmtune.wire import messages
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Budget, FrameKind, Incoming, Prefix, WireLimits
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import AdapterSpec, CallKwarg, Fault, FaultCode, SpanCall, SpanResult
+from swarmtune.wire.messages import AdapterSpec, CallKwarg, Fault, FaultCode, ServerInfo, SpanCall, SpanResult
 from tests.corridor.test_adapters import CASES, pytestmark  # noqa: F401  # what PEFT warns of is the same here
 from tests.harness import make_handler
 
@@ -772,9 +772,10 @@ def test_a_draining_server_refuses_work_and_still_describes_itself(handler: Call
     handler.draining = True
     try:
         assert refusal(handler, call(handler).to_message(), caplog).code is FaultCode.DRAINING
-        assert ask(handler, Message("info")).kind == "info"
+        assert ServerInfo.from_json(ask(handler, Message("info")).fields).draining
     finally:
         handler.draining = False
+    assert not ServerInfo.from_json(ask(handler, Message("info")).fields).draining
 
 
 def test_a_description_is_the_same_with_a_body_that_measures_the_line(handler: CallHandler) -> None:
@@ -801,6 +802,27 @@ def test_hostile_calls_leave_no_trace_in_the_bits_of_honest_ones(handler: CallHa
     after = ask(handler, honest.to_message())
     assert list(after.tensors) == list(before.tensors)
     assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+
+
+class Full:
+    """An executor without room, which notes who asks."""
+
+    def __init__(self) -> None:
+        self.clients: list[str] = []
+
+    async def submit(self, run: Callable[[], Any], *, priority: int, timeout_s: float, client: str) -> Any:
+        self.clients.append(client)
+        raise Busy("no room", 1.25)
+
+
+def test_a_busy_server_says_when_to_ask_again_and_knows_who_asks(
+    handler: CallHandler, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Full()
+    monkeypatch.setattr(handler, "_executor", full)
+    fault = refusal(handler, call(handler).to_message(), caplog)
+    assert (fault.code, fault.detail, fault.retry_ms) == (FaultCode.BUSY, "no room", 1250)
+    assert full.clients == ["client"]
 
 
 def test_a_caller_who_leaves_frees_its_place_in_flight(handler: CallHandler) -> None:

@@ -329,7 +329,7 @@ def test_the_fault_codes_and_what_a_client_does_are_those_of_the_code() -> None:
 
 
 def test_the_fields_of_a_fault_are_those_of_the_code() -> None:
-    quoted = ", ".join(f"`{name}`" for name in Fault(FaultCode.BUSY, "").to_message().fields)
+    quoted = ", ".join(f"`{name}`" for name in Fault(FaultCode.BUSY, "", retry_ms=1).to_message().fields)
     assert f"The fields are {quoted}:" in flat("Faults")
 
 

@@ -22,9 +22,11 @@ from swarmtune.wire.frames import (
     PREFIX,
     TRAILER,
     Budget,
+    BudgetFull,
     FrameKind,
     Incoming,
     Prefix,
+    Share,
     WireLimits,
     dump_json,
     parse_json,
@@ -215,6 +217,25 @@ def test_unfinished_messages_share_one_budget_and_headers_count() -> None:
         begin(dump_json({"kind": "x", "fields": {"a": "y" * (4000 // HEADER_WEIGHT)}, "tensors": []}), budget)
     budget.release(first.held_bytes)
     assert budget.used_bytes == 0
+
+
+def test_one_peer_holds_at_most_half_of_the_budget_and_one_message_always_fits() -> None:
+    budget = Budget(10_000)
+    stranger, other = Share(budget, "stranger"), Share(budget, "other")
+    stranger.reserve(4000)
+    Share(budget, "stranger").reserve(900)  # another stream of the same peer
+    with pytest.raises(BudgetFull, match="this peer holds 4900 of at most 5000"):
+        stranger.reserve(200)
+    other.reserve(5000)
+    with pytest.raises(BudgetFull, match="9900 of 10000"):
+        Share(budget, "third").reserve(200)
+    stranger.release(4000)
+    stranger.release(900)
+    assert (budget.used_bytes, budget.by_peer) == (5000, {"other": 5000})
+    other.release(5000)
+    other.reserve(9000)
+    other.release(9000)
+    assert (budget.used_bytes, budget.by_peer) == (0, {})
 
 
 def test_a_parsed_header_holds_no_more_memory_than_the_budget_was_charged() -> None:

@@ -80,6 +80,24 @@ def test_info_and_faults_come_back_as_they_were() -> None:
     for code in FaultCode:
         fault = Fault(code, "because", 7)
         assert Fault.from_message(travel(fault.to_message())) == fault
+        assert "retry_ms" not in fault.to_message().fields, "absent where nothing is said, as from an older server"
+    busy = Fault(FaultCode.BUSY, "no room", retry_ms=1500)
+    assert Fault.from_message(travel(busy.to_message())) == busy
+    assert ServerInfo.from_json(travel(replace(INFO, draining=True).to_message()).fields).draining is True
+    assert ServerInfo.from_json({key: value for key, value in INFO.to_json().items() if key != "draining"}).draining is False
+
+
+@pytest.mark.parametrize("value", [0, -1, 60_001, 1.5, True, "1", []])
+def test_a_retry_time_that_is_none_is_a_wire_error(value: object) -> None:
+    message = Fault(FaultCode.BUSY, "").to_message()
+    with pytest.raises(WireError, match="retry_ms"):
+        Fault.from_message(replace(message, fields={**message.fields, "retry_ms": value}))
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "true", []])
+def test_draining_that_is_neither_true_nor_false_is_a_wire_error(value: object) -> None:
+    with pytest.raises(WireError, match="draining"):
+        ServerInfo.from_json({**INFO.to_json(), "draining": value})
 
 
 def test_the_digest_of_an_adapter_is_computed_and_does_not_depend_on_order() -> None:

@@ -1,0 +1,89 @@
+"""What the chain works on: micro-batches, their kwargs, and the legs that they have gone. Pure functions of configuration and batch shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from swarmtune.types import Axis, BlockSpan
+from swarmtune.wire.messages import AdapterSpec, CallKwarg, DropoutSeed, SpanCall, SpanResult
+
+
+@dataclass(frozen=True, slots=True)
+class KwargPlan:
+    """What is known of a kwarg besides its tensor."""
+
+    name: str
+    axes: Mapping[Axis, int]
+    blocks: BlockSpan
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One micro-batch: its hidden states and its share of the kwargs."""
+
+    hidden_BTH: Tensor
+    plans: tuple[KwargPlan, ...]
+    tensors: tuple[Tensor, ...]
+    adapter: AdapterSpec | None
+    dropout: DropoutSeed | None = None
+    index: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Rows times sequence length."""
+        return self.hidden_BTH.shape[0] * self.hidden_BTH.shape[1]
+
+    def trains(self, span: BlockSpan) -> bool:
+        """Whether any kwarg of these blocks needs a gradient."""
+        return any(plan.requires_grad and plan.blocks.overlap(span) for plan in self.plans)
+
+    def call(self, span: BlockSpan, hidden_BTH: Tensor, model: str, grad_BTH: Tensor | None = None, input_grad: bool = False) -> SpanCall:
+        """The call that runs ``span``: kwargs are sliced to its blocks, here and on every retry."""
+        kwargs = []
+        for index in self._of(span):
+            plan, blocks = self.plans[index], self.plans[index].blocks.overlap(span)
+            assert blocks is not None
+            kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad))
+        adapter = self.adapter if any(kwarg.name.startswith("peft.") for kwarg in kwargs) else None
+        return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=self.dropout if adapter is not None else None)
+
+    def collect(self, span: BlockSpan, result: SpanResult, found: dict[int, dict[int, Tensor]]) -> None:
+        """File the gradients that a backward of ``span`` returned, by kwarg and block."""
+        indices = self._of(span)
+        for position, grads in result.kwarg_grads.items():
+            index = indices[position]
+            blocks = self.plans[index].blocks.overlap(span)
+            assert blocks is not None
+            found.setdefault(index, {}).update(zip(range(blocks.start, blocks.stop), grads, strict=True))
+
+    def _of(self, span: BlockSpan) -> list[int]:
+        return [index for index, plan in enumerate(self.plans) if plan.blocks.overlap(span)]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A part of a route that has run forward: its blocks, and the hidden states that entered them."""
+
+    span: BlockSpan
+    hidden_BTH: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MicroResult:
+    """Gradients of one micro-batch: by the input (``None`` where not needed), and by kwarg index and block."""
+
+    input_grad_BTH: Tensor | None
+    kwarg_grads: Mapping[int, Mapping[int, Tensor]]
+
+
+def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:
+    """Cut ``batch`` rows of ``sequence`` tokens into ranges of at most ``tokens`` tokens, as even as possible; at least one row each."""
+    rows = max(1, tokens // sequence)
+    count = -(-batch // rows)
+    base, extra = divmod(batch, count)
+    sizes = [base + (index < extra) for index in range(count)]
+    return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]

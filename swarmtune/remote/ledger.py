@@ -1,0 +1,143 @@
+"""What was planned and what was accepted: each micro-batch's blocks run forward once and backward once in a pass, whatever died meanwhile.
+
+The ledger holds the chain to it while it runs, and writes a history where asked: one JSON object a line, which ``swarmtune.remote.verdict`` judges.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from swarmtune.errors import NotExact, UsageError
+from swarmtune.types import BlockSpan
+
+Way = Literal["forward", "backward"]
+
+
+class Ledger:
+    """Opens a page for each body call. A page is kept by whoever may still need its backward."""
+
+    def __init__(self, history: History | None = None) -> None:
+        self._history = history
+        self._numbers = itertools.count()
+
+    def open(self, micro: Sequence[tuple[int, int]], blocks: int) -> Page:
+        """Plan a body call: its micro-batches as first row and rows, each for blocks ``0:blocks``."""
+        page = Page(next(self._numbers), len(micro), blocks, self._history)
+        page.write("plan", micro=[list(rows) for rows in micro], blocks=blocks)
+        return page
+
+    def close(self) -> None:
+        """End the history."""
+        if self._history is not None:
+            self._history.close()
+
+
+class Page:
+    """One body call: which blocks of which micro-batch have been accepted.
+
+    Attributes:
+        step: number of the body call, from 0 in each connection.
+    """
+
+    def __init__(self, step: int, micro: int, blocks: int, history: History | None) -> None:
+        self.step = step
+        self._micro, self._blocks, self._history = micro, blocks, history
+        self._pass = 0
+        self._tries = itertools.count()
+        self._accepted: list[list[BlockSpan]] = [[] for _ in range(micro)]
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is written."""
+        return self._history is None
+
+    def begin(self, way: Way, lowest: int = 0) -> None:
+        """A forward, or one more backward, down to block ``lowest`` at least."""
+        self._accepted = [[] for _ in range(self._micro)]
+        self._pass += way == "backward"
+        self.write("begin", way=way, lowest=lowest)
+
+    def ask(self, micro: int, way: Way, span: BlockSpan, peer: str, within_s: float, replay: bool) -> int:
+        """Somebody is asked; returns the number of this try."""
+        number = next(self._tries)
+        if self._history is not None:
+            self.write("ask", micro=micro, way=way, span=[span.start, span.stop], peer=peer, within_s=within_s, replay=replay, number=number)
+        return number
+
+    def fail(self, number: int, why: str) -> None:
+        """A try came to nothing."""
+        self.write("fail", number=number, why=why[:300])
+
+    def accept(self, number: int, micro: int, span: BlockSpan, replay: bool) -> None:
+        """An answer is going to be used.
+
+        Raises:
+            NotExact: blocks of it have been accepted before in this pass, which would count them twice.
+        """
+        self.write("accept", number=number)
+        if replay:
+            return
+        twice = next((old for old in self._accepted[micro] if old.overlap(span)), None)
+        if twice is not None:
+            raise NotExact(f"blocks {span} of micro-batch {micro} of call {self.step} were about to be counted twice, {twice} had been accepted")
+        self._accepted[micro].append(span)
+
+    def end(self, way: Way, lowest: int = 0) -> None:
+        """Everything that was planned is there.
+
+        Raises:
+            NotExact: it is not.
+        """
+        for micro, spans in enumerate(self._accepted):
+            position = self._blocks
+            for span in sorted(spans, reverse=True):
+                if span.stop == position:
+                    position = span.start
+            if position > lowest or sum(map(len, spans)) != self._blocks - position:
+                raise NotExact(f"the {way} of micro-batch {micro} of call {self.step} lacks blocks {lowest}:{position}")
+        self.write("end", way=way, lowest=lowest)
+
+    def give_up(self, way: Way, why: str) -> None:
+        """This pass ends without a result; nothing of it is used."""
+        self.write("give up", way=way, why=why[:300])
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line of the history."""
+        if self._history is not None:
+            self._history.write({"event": event, "step": self.step, "pass": self._pass, "lane": 0, **fields})
+
+
+class History:
+    """A file of JSON lines that only grows, so it survives the death of its writer up to the last whole line."""
+
+    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic) -> None:
+        """Open ``path`` for appending.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        self._clock = clock
+        try:
+            torn = Path(path).exists() and Path(path).read_bytes()[-1:] not in (b"", b"\n")
+            self._file = open(Path(path), "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # open as long as the connection
+        except OSError as error:
+            raise UsageError(f"the history cannot be written to {os.fspath(path)}: {error.strerror or error}") from error
+        if torn:  # its last writer was killed
+            self._file.write("\n")
+        self.write({"event": "open", "pid": os.getpid(), "at": time.time()})
+
+    def write(self, fields: dict[str, Any]) -> None:
+        """Append one line; after the end it is dropped."""
+        if not self._file.closed:
+            self._file.write(json.dumps({"t": round(self._clock(), 6), **fields}, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Say that nothing more comes, and close the file. Safe to repeat."""
+        self.write({"event": "close"})
+        self._file.close()

@@ -1,0 +1,160 @@
+"""Our own p2p daemon dies or hangs, on either side: another one takes its place, with the same identity and port, and no step notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import swarmtune
+from swarmtune.errors import SwarmError
+from swarmtune.remote.events import EventKind
+from swarmtune.transport.hivemind import HivemindNode
+from tests.chaos.processes import daemon_of
+from tests.harness import batch, lora, remote, same_bits, set_values, step
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture(scope="module")
+def local(bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[swarmtune.LocalSwarm]:
+    with swarmtune.LocalSwarm(bloom, ["0:4"], dtype="float32", log_dir=tmp_path_factory.mktemp("logs")) as found:
+        yield found
+
+
+def grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.adapter.named_parameters()}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("number", "phase"), [(signal.SIGKILL, "before"), (signal.SIGKILL, "between"), (signal.SIGSTOP, "between")])
+def test_a_client_goes_on_over_another_daemon(bloom: Path, local: swarmtune.LocalSwarm, number: signal.Signals, phase: str) -> None:
+    with swarmtune.connect(local.initial_peers) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        set_values([dict(model.adapter.named_parameters())])
+        quiet = step(model, batch())[2]
+        model.zero_grad()
+        node = swarm._transport
+        identity, first = node.peer_id, node.daemon_pid  # type: ignore[attr-defined]
+        loss = model(**batch()).loss if phase == "between" else None
+        os.kill(first, number)
+        began = time.monotonic()
+        loss = model(**batch()).loss if loss is None else loss
+        loss.backward()
+        assert time.monotonic() - began < (10 if number is signal.SIGKILL else 20)
+        assert same_bits(quiet, grads(model))
+        assert swarm.traffic().events[EventKind.DAEMON].count >= 1
+        assert node.daemon_pid not in (None, first)  # type: ignore[attr-defined]
+        assert (node.peer_id, node.rebuilds) == (identity, 1)  # type: ignore[attr-defined]
+        assert not psutil.pid_exists(first)
+
+
+def test_a_client_survives_five_daemons_in_a_row_and_leaves_nothing(bloom: Path, local: swarmtune.LocalSwarm) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with swarmtune.connect(local.initial_peers) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        quiet = step(model, batch())[2]
+        node = swarm._transport
+        directory = node._directory  # type: ignore[attr-defined]
+        for _ in range(5):
+            os.kill(node.daemon_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            assert same_bits(quiet, step(model, batch())[2])
+        assert (directory / "identity").stat().st_mode & 0o777 == 0o600
+        assert len(list(directory.glob("daemon-*.sock"))) == 1
+    assert not directory.exists()
+    assert {child.pid for child in psutil.Process().children(recursive=True)} == before
+
+
+def test_a_daemon_without_its_keeper_is_replaced(bloom: Path, local: swarmtune.LocalSwarm) -> None:
+    """Nobody would end it when this process ends."""
+    with swarmtune.connect(local.initial_peers) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        node = swarm._transport
+        first = node.daemon_pid  # type: ignore[attr-defined]
+        keeper = psutil.Process(first).ppid()
+        os.kill(keeper, signal.SIGKILL)
+        step(model, batch())
+        ends_at = time.monotonic() + 10
+        while node.daemon_pid == first and time.monotonic() < ends_at:  # type: ignore[attr-defined]
+            time.sleep(0.05)
+        assert node.daemon_pid != first  # type: ignore[attr-defined]
+        assert not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE  # it has another parent now
+        step(model, batch())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_goes_on_under_the_same_address(bloom: Path, local: swarmtune.LocalSwarm, number: signal.Signals) -> None:
+    (server,) = local.servers
+    with swarmtune.connect(local.initial_peers) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        set_values([dict(model.adapter.named_parameters())])
+        quiet = step(model, batch())[2]
+        pid, daemon = server.pid, daemon_of(server.pid)
+        assert daemon is not None
+        os.kill(daemon, number)
+        assert same_bits(quiet, step(model, batch())[2])
+        assert server.alive
+        assert server.pid == pid
+        assert daemon_of(pid) not in (None, daemon)
+    with swarmtune.connect(local.initial_peers) as swarm:  # somebody who never knew the old one
+        assert torch.isfinite(remote(bloom, swarm)(**batch()).loss)
+
+
+def test_a_client_whose_daemon_cannot_be_replaced_says_so(bloom: Path, local: swarmtune.LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtune.transport.hivemind.REBUILD_PATIENCE_S", 1.0)
+    with swarmtune.connect(local.initial_peers, patience_s=5.0) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        node = swarm._transport
+        (node._directory / "identity").write_bytes(b"no key")  # type: ignore[attr-defined]
+        os.kill(node.daemon_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(SwarmError, match=r"could not be started again \(the p2p daemon did not start: .*connect again"):
+            step(model, batch())
+
+
+def test_a_node_whose_port_is_taken_meanwhile_gives_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtune.transport.hivemind.REBUILD_PATIENCE_S", 1.0)
+
+    async def run() -> str:
+        node = await HivemindNode().start(["/ip4/127.0.0.1/tcp/0"])
+        try:
+            port = int(node.addresses[0].split("/")[4])
+            real = node._start_daemon
+
+            async def start_late() -> None:
+                with socket.create_server(("127.0.0.1", port)):
+                    await real()
+
+            monkeypatch.setattr(node, "_start_daemon", start_late)
+            assert node.daemon_pid is not None
+            os.kill(node.daemon_pid, signal.SIGKILL)
+            await asyncio.wait_for(node.daemon_ended.wait(), 20)
+            return node._failure
+        finally:
+            await node.close()
+
+    assert "the p2p daemon did not start" in asyncio.run(run())
+
+
+def test_a_listening_node_keeps_the_port_that_it_was_given() -> None:
+    async def run() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        node = await HivemindNode().start(["/ip4/127.0.0.1/tcp/0"])
+        try:
+            before = node.addresses
+            assert node.daemon_pid is not None
+            os.kill(node.daemon_pid, signal.SIGKILL)
+            ends_at = time.monotonic() + 10
+            while not node.rebuilds and time.monotonic() < ends_at:
+                await asyncio.sleep(0.02)
+            return before, node.addresses
+        finally:
+            await node.close()
+
+    before, after = asyncio.run(run())
+    assert before == after
