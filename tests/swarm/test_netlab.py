@@ -210,6 +210,16 @@ def test_nothing_is_left_however_the_owner_ends(ending: str) -> None:
     assert (owner.returncode == 0) is (ending == "normal")
 
 
+def test_what_a_program_leaves_to_clean_up_after_it_may_finish(tmp_path: Path) -> None:
+    """As the keeper of a daemon does; a program that does not end by itself gets a SIGTERM meanwhile."""
+    with NetLab({"z": Link()}) as lab:
+        cleaner = lab.popen("z", ["sh", "-c", f"(sleep 1.5; touch {tmp_path}/clean) & exit"])
+        cleaner.wait(5)
+        stays = lab.popen("z", ["sleep", "300"])
+    assert (tmp_path / "clean").exists()
+    assert stays.wait(1) == -signal.SIGTERM
+
+
 def test_stale_labs_are_removed_and_nothing_else_is() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
