@@ -18,7 +18,7 @@ from tests.chaos.fleet import Fleet
 from tests.chaos.hooks import Calls, route_of
 from tests.chaos.processes import daemon_of, runs, send, stopped
 from tests.chaos.servers import CALL_TIMEOUT_S, QUIET_STEPS, START_BOUND_S, wait_for_spare
-from tests.chaos.training import MICRO_BATCH_TOKENS, SPANS, Pair, pair, tiny_model
+from tests.chaos.training import MICRO_BATCH_TOKENS, SPANS, STEP_BOUND_S, Pair, pair, tiny_model
 
 FREEZE_SHARE = 0.2
 THAW_S = 20.0
@@ -40,6 +40,11 @@ class Daemons:
         self._watch.start()
         calls.succeeded = self._succeeded
 
+    @property
+    def open(self) -> bool:
+        """Whether no call has been begun and done since a strike."""
+        return bool(self._open)
+
     def strike(self, server: ManagedServer | None, freeze: bool) -> None:
         """Kill or freeze the daemon of a server, or of this process."""
         pid = daemon_of(os.getpid() if server is None else server.pid)
@@ -49,7 +54,7 @@ class Daemons:
             return
         if not send(pid, signal.SIGSTOP if freeze else signal.SIGKILL):
             return
-        kind = f"{whose} {'freezes' if freeze else 'kills'}"
+        kind = f"{whose} {'freezes' if freeze else 'kills'}" + " beside a frozen one" * any(map(stopped, list(self._frozen)))
         self._open = [*self._open, (kind, time.monotonic())]
         if freeze:
             self._frozen[pid] = time.monotonic()
@@ -104,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         stack.callback(daemons.close)
         train(campaign, fleet, swarm, both, daemons, options)
         campaign.facts["recovery_s"] = {kind: quantiles(seconds) for kind, seconds in sorted(daemons.recovery_s.items())}
-        kills = [seconds for kind, found in daemons.recovery_s.items() if kind.endswith("kills") for seconds in found]
+        kills = [seconds for kind, found in daemons.recovery_s.items() if kind.endswith("kills") for seconds in found]  # alone
         campaign.facts["recovery_of_kills_s"] = quantiles(kills)
         campaign.facts["goal_met"] = bool(kills) and quantiles(kills)["p95"] < GOAL_S
     return campaign.finish()
@@ -132,6 +137,9 @@ def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: D
             both.step()
         finally:
             timer.join()
+        if daemons.open:  # it came when no call was asked any more: what passes until the next step is ours
+            with campaign.bound("a call after a strike", STEP_BOUND_S):
+                both.loud.probe()
         time.sleep(options.pause_s)
         campaign.counts["hits"] += swarm.traffic().retries > retries
     both.step()
