@@ -94,7 +94,7 @@ def _stat(process: Path) -> list[str]:
 def remove(names: Sequence[str], spared: Sequence[int] = ()) -> None:
     """End what runs in these namespaces, then remove them; those that are gone already are no error.
 
-    ``spared`` holds processes that are never signalled: the caller, and its parent where that owns the lab. While the owner lives, an orphan inside is
+    ``spared`` holds processes that are never signalled: the caller, and its parent where that owns the lab. While it lives, an orphan inside is
     what a program has left to clean up after it (the keeper of a daemon), so it is let finish.
     """
     names = [name for name in names if (NAMESPACES / name).exists()]

@@ -108,11 +108,22 @@ class HivemindNode:
         self._addresses_of: dict[str, str] = {}
         self._connections: dict[str, Connection] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
+        self._opened: dict[str, int] = {}
         self._served: set[Connection] = set()
         self.daemon_ended = asyncio.Event()
         self.rebuilds = 0
         self.rebuilt: list[Callable[[], Awaitable[None]]] = []
         self.told: Callable[[str, float], None] = lambda sentence, seconds: logger.warning("%s", sentence)
+
+    @property
+    def repairing(self) -> bool:
+        """See ``Transport.repairing``."""
+        return not self._ready.is_set()
+
+    def generation(self, peer: str) -> int:
+        """See ``Transport.generation``."""
+        connection = self._connections.get(peer)
+        return self._opened[peer] if connection is not None and not connection.closed.is_set() else 0
 
     @property
     def daemon_pid(self) -> int | None:
@@ -194,11 +205,17 @@ class HivemindNode:
             self._following = asyncio.create_task(self._follow())  # beside the watch: another daemon may die meanwhile
 
     async def _follow(self) -> None:
+        """What hangs on the daemon begins anew, each as often as it takes; the next daemon that dies ends this."""
         for hook in self.rebuilt:
-            try:
-                await hook()
-            except TransportError as error:
-                logger.warning("after the p2p daemon was started again: %s", error)
+            pause_s = 0.5
+            while True:
+                try:
+                    await hook()
+                    break
+                except (TransportError, *_FOREIGN) as error:
+                    logger.warning("after the p2p daemon was started again: %s; trying again", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(10.0, 2 * pause_s)
 
     async def _until_lost(self) -> str:
         """Wait until the daemon is gone, or answers nothing although it is asked; says which."""
@@ -222,24 +239,28 @@ class HivemindNode:
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
-            await p2p.shutdown()
+            with contextlib.suppress(TimeoutError, *_FOREIGN):
+                await asyncio.wait_for(p2p.shutdown(), CLOSE_TIMEOUT_S)
         if self._daemon is not None:
             await self._daemon.close(replace=True)
         pause_s = 0.1
         while True:
             try:
                 await self._start_daemon()
+                if self._handler is not None:
+                    async with asyncio.timeout(DAEMON_TIMEOUT_S):
+                        await self.serve(self._handler)
                 break
-            except ServerStartFailed as error:
-                self._failure = str(error)
-                logger.warning("%s; trying again", error)
+            except (TimeoutError, ServerStartFailed, *_FOREIGN) as error:
+                self._failure = str(error) or "it does not answer"
+                logger.warning("%s; trying again", self._failure)
+                if self._daemon is not None:
+                    await self._daemon.close(replace=True)
             if now() + pause_s > began + REBUILD_PATIENCE_S:
                 return False
             await asyncio.sleep(pause_s)
             pause_s = min(2.0, 2 * pause_s)
         self._failure = ""
-        if self._handler is not None:
-            await self.serve(self._handler)
         return True
 
     async def _redial(self, address: str) -> None:
@@ -358,7 +379,8 @@ class HivemindNode:
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
-            await asyncio.wait_for(p2p.shutdown(), CLOSE_TIMEOUT_S)
+            with contextlib.suppress(TimeoutError, *_FOREIGN):
+                await asyncio.wait_for(p2p.shutdown(), CLOSE_TIMEOUT_S)
         if self._daemon is not None:
             daemon, self._daemon = self._daemon, None
             await daemon.close()
@@ -403,6 +425,7 @@ class HivemindNode:
                 raise TransportError(f"no stream to peer {peer}: {_brief(error)}") from error
             connection = Connection(reader, writer, peer=peer, limits=self._limits, traffic=self.traffic)
             self._connections[peer] = await connection.open()
+            self._opened[peer] = self._opened.get(peer, 0) + 1
             return connection
 
 
