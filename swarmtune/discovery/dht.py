@@ -35,6 +35,7 @@ START_TIMEOUT_S = 15.0
 PUBLISH_TIMEOUT_S = 15.0
 PING_TIMEOUT_S = 4.0
 CLOSE_TIMEOUT_S = 2.0
+DEAD_TIMEOUT_S = 0.2
 _FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError, RuntimeError)
 
 
@@ -156,7 +157,7 @@ class DirectoryNode:
         Raises:
             TransportError: that did not work.
         """
-        await self.close()
+        await self.close(DEAD_TIMEOUT_S)  # the old daemon is gone, and nothing answers there
         await self.start(p2p, initial_peers, client=client)
 
     @property
@@ -201,17 +202,21 @@ class DirectoryNode:
             raise TransportError(f"peer {peer} does not tell its time")
         return response.dht_time - began_at - half_s, half_s
 
+    def knows(self, peer: str) -> bool:
+        """Whether a peer is among those that this participant asks; one that was silent for a while is not."""
+        return self._node is not None and PeerID.from_base58(peer) in self._node.protocol.routing_table.peer_id_to_uid
+
     def _joined(self) -> DHTNode:
         if self._node is None:
             raise TransportError("this node is not part of the DHT now")
         return self._node
 
-    async def close(self) -> None:
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Leave the DHT."""
         if self._node is not None:
             node, self._node = self._node, None
             try:
-                async with _deadline("say goodbye", CLOSE_TIMEOUT_S):  # it would wait for ever for a daemon that is gone
+                async with _deadline("say goodbye", timeout_s):  # it would wait for ever for a daemon that is gone
                     await node.shutdown()
             except TransportError as error:
                 logger.debug("%s", error)

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 INFO_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 30.0
+REMEMBERED_S = 900.0
+"""A server that was used and is gone is asked for itself so long, whether anybody else still knows of it or not."""
 FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
 HOP_COST_S = 1e-3
 SMOOTHING = 0.3
@@ -106,6 +108,7 @@ class Directory:
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
+        self._used_at: dict[str, float] = {}
 
     @property
     def numeric_class(self) -> str | None:
@@ -133,7 +136,8 @@ class Directory:
         async with self._refreshing:
             found = await self._discovery.peers(self.model)
             banned = {name for name, peer in self.known.items() if now() < peer.banned_until}
-            names = sorted((found | set(self.known)) - banned)
+            remembered = {name for name, used_at in self._used_at.items() if now() - used_at < REMEMBERED_S}
+            names = sorted((found | remembered | set(self.known)) - banned)
             if not self._agreed:  # which of two that differ is right nobody knows yet: hear all of them first
                 for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
                     self._learn(name, answer)
@@ -197,6 +201,7 @@ class Directory:
         if peer is not None:
             peer.faults, peer.banned_until = 0, 0.0
             peer.measured(seconds / (tokens * len(hop.span)), seconds)
+            self._used_at[hop.peer] = now()
 
     def failed(self, name: str) -> None:
         """Leave a peer alone for a while, longer each time in a row."""

@@ -345,7 +345,7 @@ class HivemindNode:
         with contextlib.suppress(TimeoutError):
             if daemon is not None and daemon is self._daemon:
                 await asyncio.wait_for(daemon.ended.wait(), NEWS_S)
-        return daemon is not self._daemon or (daemon is not None and daemon.ended.is_set())
+        return daemon is not self._daemon or not self._ready.is_set() or (daemon is not None and daemon.ended.is_set())
 
     async def close(self) -> None:
         """Close all streams, end the daemon, remove its directory. Safe to repeat."""
@@ -419,4 +419,6 @@ def _brief(error: BaseException, place: str = "") -> str:
     """The most telling clause of a daemon's error, on one line: what it says of ``place`` where it lists several addresses, else the last one."""
     of_place = str(error).partition(f"[{place}] ")[2].partition("\n")[0] if place else ""
     text = " ".join(of_place.split() or str(error).split())
+    if text.endswith("dial backoff"):  # the daemon does not even try
+        return "it could not be reached a moment ago"
     return (text if of_place else (text.rpartition("] ")[2] or text)[-160:])[:200] or "no answer in time"

@@ -20,6 +20,7 @@ from swarmtune.remote.events import EventKind
 from swarmtune.transport.hivemind import HivemindNode
 from tests.chaos.processes import daemon_of
 from tests.harness import batch, lora, remote, same_bits, set_values, step
+from tests.swarm.test_serving import serve
 
 pytestmark = pytest.mark.swarm
 
@@ -158,3 +159,17 @@ def test_a_listening_node_keeps_the_port_that_it_was_given() -> None:
 
     before, after = asyncio.run(run())
     assert before == after
+
+
+def test_a_swarm_whose_daemons_all_die_at_once_is_one_swarm_again(bloom: Path, tmp_path: Path) -> None:
+    """Each begins with an empty part of the DHT, and the first server knows nobody by its configuration."""
+    with serve(tmp_path / "first.log", f"model={bloom}", "blocks=0:2", "dtype=float32", "threads=1") as first:
+        address = first.ready()[5].split()[0]
+        with serve(tmp_path / "second.log", f"model={bloom}", "blocks=2:4", "dtype=float32", "threads=1", f"initial_peers={address}") as second:
+            second.ready()
+            for server in (first, second):
+                daemon = daemon_of(server.process.pid)
+                assert daemon is not None
+                os.kill(daemon, signal.SIGKILL)
+            with swarmtune.connect([address], patience_s=60.0) as swarm:  # a newcomer, who learns of the second only through the first
+                assert torch.isfinite(remote(bloom, swarm)(**batch()).loss)
