@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -44,8 +45,10 @@ class EventsFile(Callback):
         kept = new[: max(0, MAX_LINES - self._lines)]
         self._lines += len(kept)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(_plain(event, step)) + "\n" for event in kept)
+            with self.path.open("a+b") as file:
+                if file.tell() and _last_byte(file) != b"\n":  # its last writer was killed
+                    file.write(b"\n")
+                file.writelines(json.dumps(_plain(event, step)).encode() + b"\n" for event in kept)
         except OSError as error:
             logger.warning("%d events could not be written to %s: %s", len(kept), self.path, error.strerror or error)
 
@@ -81,6 +84,11 @@ def counted(path: Path) -> dict[str, float]:
         totals["events/lost_s"] += lost_s
         totals["retries"] += kind in RETRIED
     return totals
+
+
+def _last_byte(file: IO[bytes]) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def _plain(event: SwarmEvent, step: int) -> dict[str, Any]:
