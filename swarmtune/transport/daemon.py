@@ -100,7 +100,8 @@ class Daemon:
                 await keeper.stdin.drain()
             keeper.stdin.close()
         try:
-            await asyncio.wait_for(keeper.wait(), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await keeper.wait()
         except TimeoutError:
             keeper.kill()
             self._end_orphan()

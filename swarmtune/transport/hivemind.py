@@ -206,7 +206,8 @@ class HivemindNode:
         misses, heard = 0, self.traffic.bytes_down
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._daemon.ended.wait(), PROBE_EVERY_S)
+                async with asyncio.timeout(PROBE_EVERY_S):  # not wait_for, which before Python 3.12 can lose the cancellation that ends this node
+                    await self._daemon.ended.wait()
             if self._daemon.gone:
                 return "ended"
             answered = await self.connected(PROBE_TIMEOUT_S) is not None
@@ -344,7 +345,8 @@ class HivemindNode:
         """Whether ``daemon`` is gone or replaced; its end is heard of a moment after that of its streams."""
         with contextlib.suppress(TimeoutError):
             if daemon is not None and daemon is self._daemon:
-                await asyncio.wait_for(daemon.ended.wait(), NEWS_S)
+                async with asyncio.timeout(NEWS_S):
+                    await daemon.ended.wait()
         return daemon is not self._daemon or (daemon is not None and daemon.ended.is_set())
 
     async def close(self) -> None:
@@ -358,7 +360,8 @@ class HivemindNode:
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
-            await asyncio.wait_for(p2p.shutdown(), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await p2p.shutdown()
         if self._daemon is not None:
             daemon, self._daemon = self._daemon, None
             await daemon.close()
