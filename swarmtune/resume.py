@@ -13,7 +13,17 @@ from swarmtune.train.run_dir import CONFIG, SUMMARY, check_unfinished, unfinishe
 
 FREE = (
     *("run_dir", "name", "logger.", "callbacks.", "data.num_workers", "data.cache"),
-    *("swarm.kind", "swarm.initial_peers", "swarm.patience_s", "swarm.call_timeout_s", "swarm.history", "swarm.servers", "swarm.spans", "swarm.threads", "swarm.max_in_flight"),
+    *(
+        "swarm.kind",
+        "swarm.initial_peers",
+        "swarm.patience_s",
+        "swarm.call_timeout_s",
+        "swarm.history",
+        "swarm.servers",
+        "swarm.spans",
+        "swarm.threads",
+        "swarm.max_in_flight",
+    ),
 )
 """Keys that a resumed run may change: they decide where and how it runs, not what it computes."""
 

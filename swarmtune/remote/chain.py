@@ -49,6 +49,8 @@ TELL_EVERY_S = 5.0
 """How often it says so."""
 RETRY_BUSY_S = 1.0
 """When to ask a busy server again that does not say when."""
+SEEN_S = 0.5
+"""A busy server is waited for silently below this."""
 RECHECK_S = 1.0
 """How often a call that is slow looks for another server."""
 INITIAL_ELEMENTS = 1 << 25
@@ -277,9 +279,11 @@ class Chain:
                     if patience.remaining_s() <= 0:
                         raise patience.exhausted(error) from (patience.last_fault or error)
                     if (busy_s := self._directory.busy_s(span)) is not None:
+                        if busy_s >= SEEN_S:
+                            number = self._wait_visibly(number, f"the servers of blocks {span} are busy", now() + busy_s)
                         await asyncio.sleep(min(busy_s, patience.remaining_s()))
                         continue
-                    number = self._wait_visibly(number, error, patience)
+                    number = self._wait_visibly(number, error.detail, patience.ends_at)
                     if now() - self._told_at >= TELL_EVERY_S:
                         self._told_at = now()
                         logger.warning("%s; looking for one, %.0f s left", error.detail, patience.remaining_s())
@@ -291,10 +295,10 @@ class Chain:
                 waited_s = now() - began
                 self.events.add(EventKind.WAITED, f"blocks {span} waited {waited_s:.1f} s for a server", span=span, lost_s=waited_s, at=now())
 
-    def _wait_visibly(self, number: int | None, error: BlocksUnserved, patience: Patience) -> int:
+    def _wait_visibly(self, number: int | None, what: str, ends_at: float) -> int:
         if number is None:
             number = self._waits = self._waits + 1
-        self.events.waiting[number] = Waiting(error.detail, patience.ends_at)
+        self.events.waiting[number] = Waiting(what, ends_at)
         return number
 
     def _after(self, fault: PeerFault, patience: Patience) -> None:
@@ -330,6 +334,7 @@ class Chain:
             PeerFault: it failed in a way that another server may not.
         """
         began, tokens, within_s = now(), work.batch.tokens, self.settings.call_timeout_s
+        self._totals(hop.peer)  # from here on it has a label
         self._notice_move(hop)
         usual_s = self._times.limit_s(work.way, hop.span, tokens)
         limit_s = None if usual_s is None else min(within_s, usual_s * work.patience.allowance)

@@ -30,7 +30,7 @@ def troubles(status: SwarmStatus) -> list[str]:
     if status.slow:
         found.append(f"slow: {', '.join(status.slow)}")
     if status.waiting is not None:
-        found.append(f"{printable(status.waiting.what, 120)}: looking for one, {status.waiting.left_s():.0f} s left")
+        found.append(f"{printable(status.waiting.what, 120)}: {status.waiting.left_s():.0f} s left")
     return found
 
 

@@ -20,8 +20,8 @@ from swarmtune.wire.messages import Fault as FaultMessage
 from swarmtune.wire.messages import FaultCode
 from tests.simulation import COMPUTE_S, PHASES, STALL_S, Fault, Simulator, World
 
-PAIRS = 150
-SEEDS = 150
+PAIRS = 100
+SEEDS = 100
 
 
 @pytest.fixture(scope="module")

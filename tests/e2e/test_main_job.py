@@ -111,9 +111,9 @@ def test_training_over_killed_servers_gives_the_bits_of_the_quiet_run(tmp_path: 
     loud_run(tmp_path, [*words, "swarm.history=true", "run_dir=loud"])
     assert_same_adapter(tmp_path / "quiet", tmp_path / "loud")
     summary = summary_of(tmp_path / "loud")
-    assert summary["retries"] >= 2
+    assert summary["retries"] >= 1
     events = [json.loads(line) for line in (tmp_path / "loud" / "events.jsonl").read_text().splitlines()]
-    assert sum(event["kind"] in ("failed", "slow") for event in events) >= summary["events"]["failed"] >= 2
+    assert sum(event["kind"] in ("failed", "slow") for event in events) >= summary["events"]["failed"] >= 1
     assert {server["lost_s"] > 0 for server in summary["servers"].values() if server["failures"]} == {True}
     assert "events/failed" in (tmp_path / "loud" / "metrics.csv").read_text().splitlines()[0].split(",")
     verdict = judge(tmp_path / "loud" / "history.jsonl")
