@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for GPU kernels that this machine need not have
+    os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
     parent: Parent | None = None
     stop = Stop().arm()
     words = list(sys.argv[1:] if argv is None else argv)

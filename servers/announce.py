@@ -29,6 +29,7 @@ async def announce_forever(
     Where ``addresses_change`` (a router may forward a port at any time), the daemon is asked for them before each record.
     """
     company = Company(node, directory, initial_peers)
+    node.rebuilt.append(company.forget)
     keeping = asyncio.create_task(company.keep_forever(lambda: info().model))
     try:
         while not keeping.done():
@@ -58,6 +59,11 @@ class Company:
         self._together_at: float | None = None
         self.grown = asyncio.Event()
 
+    async def forget(self) -> None:
+        """This node has begun anew, so it has met nobody: its part of the DHT knows only whom it greets from now on."""
+        self._met.clear()
+        self.grown.set()
+
     async def keep_forever(self, model: Callable[[], str]) -> None:
         """Look for peers that are not connected every ten seconds; for initial ones eagerly in the first minute."""
         began = time.monotonic()
@@ -71,7 +77,7 @@ class Company:
         connected = await self._node.connected()
         if connected is None:
             return  # the daemon is busy or gone, which others watch
-        self._met &= connected
+        self._met = {peer for peer in self._met & connected if self._directory.knows(peer)}
         await self._meet(self._initial, connected)
         try:
             announcements = await self._directory.find(model)

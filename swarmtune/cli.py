@@ -182,6 +182,7 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # not their parent: Lightning resets its level when imported
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -213,7 +214,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [
         ("speed", f"{summary['tokens_per_s']:,.0f} training tokens/s, {summary['seconds']:,.0f} s in all"),
         ("traffic", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down{retries}"),
-        *([("faults", _faults(summary))] if summary.get("events") else []),
+        *([("faults", _faults(summary))] if set(summary.get("events", ())) & EVENT_WORDS.keys() else []),
         ("run directory", summary["run_dir"]),
     ]
     if summary["loss_curve"]:
@@ -228,10 +229,9 @@ EVENT_WORDS = {
     "drained": ("call met a server that shuts down", "calls met a server that shuts down"),
     "cut_off": ("call was cut off here and repeated", "calls were cut off here and repeated"),
     "waited": ("wait for a server", "waits for a server"),
-    "moved": ("move to a faster server", "moves to a faster server"),
     "daemon": ("p2p daemon of our own replaced", "p2p daemons of our own replaced"),
 }
-"""What a summary says of each kind of event: of one, and of several."""
+"""What a summary says of each kind of event that is a fault: of one, and of several."""
 
 
 def _faults(summary: dict[str, Any]) -> str:

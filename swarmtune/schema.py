@@ -126,7 +126,7 @@ class SwarmConfig:
         need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
         need(0 < self.call_timeout_s < 1e6, f"call_timeout_s must be above 0 and below a million, got {self.call_timeout_s}")
-        need(self.patience_s > 0, f"patience_s must be above 0, got {self.patience_s}")
+        need(0 < self.patience_s < 1e6, f"patience_s must be above 0 and below a million, got {self.patience_s}")
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,7 @@ class HivemindDiscovery:
     async def _announced(self, model: str) -> set[str]:
         """Servers that are announced and connected. A look-up that led to new ones is repeated: they may know of more."""
         named: set[str] = set()
+        await self._greet_initial()
         for _ in range(MAX_LOOKUPS):
             try:
                 announcements = await self._directory.find(model)
@@ -266,6 +267,16 @@ class HivemindDiscovery:
             if not _reached(done):
                 break
         return named & (await self._node.connected() or set())
+
+    async def _greet_initial(self) -> None:
+        """Without anybody to ask, this node's part of the DHT finds nothing: the first greeting may have met a peer that was not up yet."""
+        connected = await self._node.connected() or set()
+        strangers = [peer for peer in set(self._initial.values()) & connected if not self._directory.knows(peer)]
+        for answer in await asyncio.gather(*(self._directory.greet(peer) for peer in strangers), return_exceptions=True):
+            if isinstance(answer, TransportError):
+                logger.debug("%s", answer)
+            elif isinstance(answer, BaseException):
+                raise answer
 
     def _start_dials(self, addresses: Mapping[str, str], connected: set[str]) -> set[asyncio.Task[str | None]]:
         """The dials under way to ``addresses``, those of peers that are neither connected nor being dialled started now."""
@@ -346,7 +357,7 @@ def connect(
             raise UsageError(f"{name} must be a positive integer, got {value!r}")
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
-            raise UsageError(f"{name} must be a positive number of seconds, got {seconds!r}")
+            raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")
     settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s))
     ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()

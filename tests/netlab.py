@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOST_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 MAX_HOSTS = 200
 CLOSE_S = 15.0
+"""More than the router may take to end what runs inside; then this process does it."""
 
 __all__ = ["PRESETS", "Counters", "Link", "NetLab", "NetLabError", "mechanism"]
 
@@ -48,9 +50,9 @@ class Link:
     delay_ms: float = 0.0
     """One way, over this link alone."""
     jitter_ms: float = 0.0
-    """The delay varies evenly by up to this much, up and down. Packets of one direction do not overtake each other."""
+    """The delay varies evenly by up to this much, up and down. Packets of one direction never overtake each other."""
     loss: float = 0.0
-    """How likely a packet is dropped, from 0 to 1. The same seed drops the n-th packet of a direction or lets it pass, whenever it comes."""
+    """The probability that a packet is dropped, from 0 to 1. The seed decides it for the n-th packet of a direction, whenever that comes."""
     rate_mbit: float | None = None
     """Megabits a second, IP headers included; ``None`` is without a limit."""
     queue_ms: float = 200.0
@@ -72,7 +74,7 @@ PRESETS = {"lan": Link(), "wan": Link(delay_ms=12.5, rate_mbit=100), "wan4": Lin
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Packets of one host since the lab began. One that a link has dropped counts at the host of that link, one of a cut at its sender."""
+    """Packets of one host since the lab began; one that is dropped counts at the host of the link that did it, or at its sender if that was a cut."""
 
     sent_packets: int
     sent_bytes: int
@@ -191,8 +193,11 @@ class NetLab:
         with contextlib.suppress(BrokenPipeError):
             router.stdin.close()
         try:
+            ends_at = time.monotonic() + CLOSE_S
             while router.poll() is None:
                 self._reap()
+                if time.monotonic() > ends_at:
+                    router.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     router.wait(0.02)
         finally:
@@ -213,12 +218,13 @@ class NetLab:
         return name_of(self._known(host))
 
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
-        """``argv`` as a command that runs on a host; its process is that of ``argv``, so signals reach it."""
+        """``argv`` as a command that runs on a host, for whatever starts programs by itself; its process is that of ``argv``, so signals reach it."""
         return ["nsenter", f"--net=/run/netns/{self.namespace(host)}", *argv]
 
     def popen(self, host: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Start a program on a host; ``options`` are those of ``subprocess.Popen``."""
-        process = subprocess.Popen(self.command(host, argv), **options)
+        """Start a program on a host, where it is from its first instruction; ``options`` are those of ``subprocess.Popen``."""
+        with self.inside(host):
+            process = subprocess.Popen(argv, **options)
         self._started.append(process)
         return process
 
@@ -244,9 +250,9 @@ class NetLab:
         """Take back the cut between two hosts, all cuts of one, or all."""
         self._apply(self._cuts - self._pairs(host, other) if host is not None else set())
 
-    def _pairs(self, host: str, other: str | None) -> set[tuple[str, str]]:
+    def _pairs(self, host: str, other: str | None) -> frozenset[tuple[str, str]]:
         others = [other] if other is not None else [name for name in self.links if name != host]
-        return {(min(host, name), max(host, name)) for name in map(self._known, others) if self._known(host) != name}
+        return frozenset((min(host, name), max(host, name)) for name in map(self._known, others) if self._known(host) != name)
 
     def _apply(self, cuts: Iterable[tuple[str, str]]) -> None:
         self._cuts = set(cuts)

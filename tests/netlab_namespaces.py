@@ -17,6 +17,7 @@ from pathlib import Path
 
 NAMESPACES = Path("/run/netns")
 OWNED = re.compile(r"swarmtune-(\d+)-\w+")
+INIT = 1
 SETTLE_S = 0.5
 """How long processes may take to end by themselves, as daemons do whose parent is gone."""
 TERMINATE_S = 5.0
@@ -91,12 +92,17 @@ def _stat(process: Path) -> list[str]:
 
 
 def remove(names: Sequence[str], spared: Sequence[int] = ()) -> None:
-    """End what runs in these namespaces, then remove them; those that are gone already are no error."""
+    """End what runs in these namespaces, then remove them; those that are gone already are no error.
+
+    ``spared`` holds processes that are never signalled: the caller, and its parent where that owns the lab. While it lives, an orphan inside is
+    what a program has left to clean up after it (the keeper of a daemon), so it is let finish.
+    """
     names = [name for name in names if (NAMESPACES / name).exists()]
     if _gone(names, spared, SETTLE_S):
         running = processes_in(names)
+        orphans_too = not spared or INIT in spared  # the owner is dead, so its children are orphans, too
         for pid, parent in running.items():
-            if pid not in spared and parent not in running:  # each tree's root, which ends its own children in good order
+            if pid not in spared and parent not in running and (parent != INIT or orphans_too):  # a tree's root ends its own children
                 _signal(pid, signal.SIGTERM)
     for pid in _gone(names, spared, TERMINATE_S):
         _signal(pid, signal.SIGKILL)

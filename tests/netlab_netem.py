@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 DEVICE = "net0"
 HUB = "_hub"
 GATEWAY = "10.77.0.1"
+ETHERNET_BYTES = 14
+"""What a device counts beyond each IP packet."""
 UNLIMITED_PACKETS = 20_000
 _probes = count()
 
@@ -109,9 +111,9 @@ class Netem:
         queues = [json.loads(run("tc", "-n", name, "-s", "-j", "qdisc", "show", "dev", device)) for name, device in self._ends(host)]
         return {
             "sent_packets": out["tx"]["packets"],
-            "sent_bytes": out["tx"]["bytes"],
+            "sent_bytes": out["tx"]["bytes"] - ETHERNET_BYTES * out["tx"]["packets"],
             "received_packets": into["tx"]["packets"],
-            "received_bytes": into["tx"]["bytes"],
+            "received_bytes": into["tx"]["bytes"] - ETHERNET_BYTES * into["tx"]["packets"],
             "dropped_packets": sum(queue.get("drops", 0) for found in queues for queue in found),
         }
 

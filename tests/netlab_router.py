@@ -1,8 +1,8 @@
 """The process behind a lab: passes packets between TUN devices, late or not at all; and removes the lab when its owner ends.
 
-``tests/netlab.py`` starts it and talks to it in lines of JSON over its standard input and output. Its end is the end of the owner, however
-that came, so namespaces, devices and all that runs inside go even after SIGKILL. Where the kernel's netem does the work, it holds no devices
-and is the keeper only.
+``tests/netlab.py`` starts it and talks to it in lines of JSON over its standard input and output. The end of the input is the end of the owner,
+however that came, so namespaces, devices and all that runs inside go even after SIGKILL. Where the kernel's netem does the work, it holds no
+devices and is the keeper only.
 
 A packet crosses the uplink of its sender, then the downlink of its receiver. Each is a ``Line``: loss, then a drop-tail queue before a byte rate,
 then a delay. All packets under way are in one heap, by the time of their next event.
@@ -191,7 +191,8 @@ def open_tun(namespace: str) -> int:
 
 def serve(names: list[str]) -> None:
     """Wait for the word that the namespaces are there, with the addresses of their hosts; then route, or just wait."""
-    line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]  # nothing may stay in a buffer: select looks at the descriptor
+    with open(0, "rb", buffering=0, closefd=False) as control:  # nothing may stay in a buffer: select looks at the descriptor
+        line = control.readline()
     if not line:
         return
     asked = json.loads(line)
@@ -210,8 +211,8 @@ def serve(names: list[str]) -> None:
         gc.disable()  # there are no cycles here, and a collector would go through every packet under way
         Router(hosts, asked["mtu"]).run()
     else:
-        control = Control(None)
-        while control.read():
+        idle = Control(None)
+        while idle.read():
             pass
 
 

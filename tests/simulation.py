@@ -419,11 +419,14 @@ def _never() -> Any:
 
 
 async def _quietly(world: World) -> None:
+    """No look-outs that the chain no longer needs, no connections."""
+    ours = ("_look", "_check", "_ask", "peers")
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    tasks = [task for task in others if any(name in repr(task.get_coro()) for name in ours)]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     for peer in list(world._pairs):
         for end in world._pairs.pop(peer):
             await end.close()
     await asyncio.sleep(1.0)
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and "_look" in repr(task.get_coro())]
-    for task in tasks:  # a look-out for servers that the chain no longer needed
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -205,6 +205,10 @@ class DirectoryNode:
             raise TransportError(f"peer {peer} does not tell its time")
         return response.dht_time - began_at - half_s, half_s
 
+    def knows(self, peer: str) -> bool:
+        """Whether a peer is among those that this participant asks; one that was silent for a while is not."""
+        return self._node is not None and PeerID.from_base58(peer) in self._node.protocol.routing_table.peer_id_to_uid
+
     def _joined(self) -> DHTNode:
         if self._node is None:
             raise TransportError("this node is not part of the DHT now")

@@ -212,11 +212,14 @@ class Chain:
         except asyncio.CancelledError:
             page.give_up(way, "the caller was interrupted")
             raise
+        finally:
+            for coroutine in coroutines:
+                coroutine.close()  # those that were cancelled before their turn
         return [task.result() for task in tasks]
 
     async def _forward_span(self, work: _Work, span: BlockSpan, hidden_BTH: Tensor) -> tuple[list[Leg], Tensor]:
         legs: list[Leg] = []
-        position = span.start
+        position, work = span.start, replace(work, patience=self._patience())  # from now on, not since it was planned
         while position < span.stop:
             hop = (await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience))[0]
             try:
@@ -281,7 +284,8 @@ class Chain:
                     if (busy_s := self._directory.busy_s(span)) is not None:
                         if busy_s >= SEEN_S:
                             number = self._wait_visibly(number, f"the servers of blocks {span} are busy", now() + busy_s)
-                        await asyncio.sleep(min(busy_s, patience.remaining_s()))
+                        self._directory.look()  # another one may come
+                        await asyncio.sleep(min(busy_s, patience.remaining_s(), RECHECK_S))
                         continue
                     number = self._wait_visibly(number, error.detail, patience.ends_at)
                     if now() - self._told_at >= TELL_EVERY_S:
@@ -340,8 +344,10 @@ class Chain:
         limit_s = None if usual_s is None else min(within_s, usual_s * work.patience.allowance)
         number = work.page.ask(work.batch.index, work.way, hop.span, hop.peer, within_s, work.replay)
         try:
+            self._check_same(hop)
             message = replace(call, remaining_ms=self._remaining_ms()).to_message()
             reply, answer = await self._exchange(hop, message, call.answer_bytes, limit_s)
+            self._check_same(hop)
             result = _result(reply, call, hop)
         except BaseException as error:
             work.page.fail(number, f"{type(error).__name__}: {error}")
@@ -357,6 +363,16 @@ class Chain:
         self._times.add(work.way, hop.span, tokens, seconds)
         self._directory.succeeded(hop, seconds, tokens)
         return result
+
+    def _check_same(self, hop: Hop) -> None:
+        """A connection that was opened since its server described itself may lead to another process, with other weights.
+
+        Raises:
+            PeerCutOff: it has to describe itself again.
+        """
+        if not self._directory.same(hop.peer):
+            self._directory.doubt(hop.peer)
+            raise PeerCutOff(hop.peer, hop.span, "the connection to it is a new one, so it has to describe itself again")
 
     def _count(self, fault: PeerFault, hop: Hop, lost_s: float) -> None:
         kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW, PeerCutOff: EventKind.CUT_OFF}
@@ -442,7 +458,7 @@ class _SlowWatch:
         self.after_s = 0.0
 
     def _look(self) -> None:
-        if self._directory.others_can(self._hop):
+        if not self._directory.blind and self._directory.others_can(self._hop):
             self.after_s = self._loop.time() - self._began
             self._scope.reschedule(self._loop.time())
         else:

@@ -55,7 +55,8 @@ class Patience:
 
     def __init__(self, limit_s: float, busy_limit_s: float) -> None:
         """``limit_s`` is for servers that fail or are gone; those that say that they are busy are alive and may say so for ``busy_limit_s``."""
-        self._limit_s, self._busy_s = limit_s, busy_limit_s
+        self._limit_s, self._busy_limit_s = limit_s, busy_limit_s
+        self._busy_since: float | None = None
         self._began = now()
         self._ends_at: float | None = None
         self._failed: set[str] = set()
@@ -78,12 +79,11 @@ class Patience:
         return (again and self.remaining_s() <= 0) or self._tries >= MAX_TRIES
 
     def wait_for(self, seconds: float, fault: PeerFault) -> bool:
-        """A server is alive and asks for a wait: it moves the end, as long as waits last that are allowed; whether there are none left."""
-        self.last_fault = fault
-        self._busy_s -= seconds
-        if self._ends_at is not None:
-            self._ends_at += seconds
-        return self._busy_s <= 0
+        """A server is alive and asks for a wait: the clock stops until the next fault; whether such waits have lasted too long in all."""
+        self.last_fault, self._ends_at = fault, None
+        if self._busy_since is None:
+            self._busy_since = now()
+        return now() + seconds - self._busy_since >= self._busy_limit_s
 
     def slower(self) -> None:
         """A call was given up for being slow: the next may take twice as long."""

@@ -22,9 +22,12 @@ class GradientGuard:
 
     def watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """A forward hook of the model: whichever output a backward begins at, it is noticed."""
-        for tensor in output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(self._begin)
+        if isinstance(output, Tensor):
+            if output.requires_grad:
+                output.register_hook(self._begin)
+        elif isinstance(output, dict | tuple | list):
+            for part in output.values() if isinstance(output, dict) else output:
+                self.watch(module, arguments, part)
 
     def _begin(self, gradient: Tensor) -> None:
         graph = torch._C._current_graph_task_id()

@@ -5,8 +5,10 @@ The ledger holds the chain to it while it runs, and writes a history where asked
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from typing import Any, Literal
 from swarmtune.errors import NotExact, UsageError
 from swarmtune.types import BlockSpan
 
+logger = logging.getLogger(__name__)
 Way = Literal["forward", "backward"]
 
 
@@ -133,9 +136,15 @@ class History:
         self.write({"event": "open", "pid": os.getpid(), "at": time.time()})
 
     def write(self, fields: dict[str, Any]) -> None:
-        """Append one line; after the end it is dropped."""
-        if not self._file.closed:
+        """Append one line; after the end it is dropped. A disk that is full ends the history, not the run."""
+        if self._file.closed:
+            return
+        try:
             self._file.write(json.dumps({"t": round(self._clock(), 6), **fields}, separators=(",", ":")) + "\n")
+        except OSError as error:
+            logger.warning("the history ends here, because it could not be written: %s", error.strerror or error)
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def close(self) -> None:
         """Say that nothing more comes, and close the file. Safe to repeat."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from swarmtune.errors import BlocksUnserved, SwarmMismatch, WireError
 from swarmtune.remote.census import clashes_sentence, label, models_sentence, numeric_sentence
-from swarmtune.transport.base import Transport, TransportError
+from swarmtune.transport.base import NodeLost, Transport, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan, gaps
 from swarmtune.wire.codec import Message, decode, encode
@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 INFO_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 30.0
+REMEMBERED_S = 900.0
+"""A server that was used and is gone is asked for itself so long, whether anybody else still knows of it or not."""
 FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
+FORGIVEN_S = 10.0
+"""A server that failed is put behind others so long for each fault in a row, or until it has done a call."""
 HOP_COST_S = 1e-3
 SMOOTHING = 0.3
 HALF_LIFE_S = 60.0
@@ -53,6 +57,8 @@ class Peer:
         busy_until: the same, because it said that it has no room.
         faults: in a row.
         doubted: it failed and has not described itself since.
+        failed_at: monotonic instant of its last fault.
+        generation: of the connection over which it described itself.
     """
 
     name: str
@@ -65,6 +71,8 @@ class Peer:
     busy_until: float = 0.0
     faults: int = 0
     doubted: bool = False
+    failed_at: float = 0.0
+    generation: int = 0
 
     def usable(self) -> bool:
         """Whether it may be asked now."""
@@ -106,6 +114,8 @@ class Directory:
         self._numeric_class: str | None = None
         self._refreshing = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
+        self._used_at: dict[str, float] = {}
+        self._checking: dict[str, asyncio.Task[None]] = {}
 
     @property
     def numeric_class(self) -> str | None:
@@ -131,24 +141,33 @@ class Directory:
             SwarmMismatch: two servers hold different weights for one block.
         """
         async with self._refreshing:
-            found = await self._discovery.peers(self.model)
-            banned = {name for name, peer in self.known.items() if now() < peer.banned_until}
-            names = sorted((found | set(self.known)) - banned)
             if not self._agreed:  # which of two that differ is right nobody knows yet: hear all of them first
+                names = sorted(await self._discovery.peers(self.model) | set(self.known))
                 for name, answer in zip(names, await asyncio.gather(*(self._ask(name) for name in names)), strict=True):
                     self._learn(name, answer)
                 self._settle()
                 return
-            asking = {asyncio.create_task(self._ask(name)): name for name in names}
-            try:
-                for done in asyncio.as_completed(asking):
-                    await done
-                    for task in [task for task in asking if task.done()]:
-                        self._learn(asking.pop(task), task.result())
-                    self._settle()
-            finally:
-                for task in asking:
-                    task.cancel()
+            await self._refresh_each()
+
+    async def _refresh_each(self) -> None:
+        """Ask those that are known, or were used, while discovery looks for others; each is taken in as soon as it has answered."""
+        remembered = {name for name, used_at in self._used_at.items() if now() - used_at < REMEMBERED_S}
+        banned = {name for name, peer in self.known.items() if now() < peer.banned_until}
+        asking = {asyncio.create_task(self._ask(name)): name for name in sorted((remembered | set(self.known)) - banned)}
+        finding: asyncio.Task[set[str]] | None = asyncio.create_task(self._discovery.peers(self.model))
+        try:
+            while asking or finding is not None:
+                waited = {*asking, *([finding] if finding is not None else [])}
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if finding is not None and finding.done():
+                    found, finding = finding.result() - banned - remembered - set(self.known), None
+                    asking |= {asyncio.create_task(self._ask(name)): name for name in sorted(found)}
+                for task in [task for task in asking if task.done()]:
+                    self._learn(asking.pop(task), task.result())
+                self._settle()
+        finally:
+            for left in (*asking, *([finding] if finding is not None else [])):
+                left.cancel()
 
     def _settle(self) -> None:
         self._leave_out_other_modes()
@@ -197,12 +216,13 @@ class Directory:
         if peer is not None:
             peer.faults, peer.banned_until = 0, 0.0
             peer.measured(seconds / (tokens * len(hop.span)), seconds)
+            self._used_at[hop.peer] = now()
 
     def failed(self, name: str) -> None:
         """Leave a peer alone for a while, longer each time in a row."""
         peer = self.known.get(name)
         if peer is not None:
-            peer.faults, peer.doubted = peer.faults + 1, True
+            peer.faults, peer.doubted, peer.failed_at = peer.faults + 1, True, now()
             peer.banned_until = now() + min(MAX_BAN_S, FIRST_BAN_S * 2 ** min(peer.faults - 1, 8))
         self.look()
 
@@ -230,7 +250,7 @@ class Directory:
 
     def others_can(self, hop: Hop) -> bool:
         """Whether servers that may be asked now could do the work of ``hop`` without its own."""
-        others = [peer for peer in self.known.values() if peer.name != hop.peer and peer.usable() and not peer.faults]
+        others = [peer for peer in self.known.values() if peer.name != hop.peer and peer.usable()]
         return _cheapest(others, hop.span.start, hop.span.stop, 0) is not None
 
     def times_slower(self, left: str, taken: str) -> float | None:
@@ -254,10 +274,40 @@ class Directory:
             )
         ]
 
+    @property
+    def blind(self) -> bool:
+        """Whether our own way into the network is broken, so that a silence says nothing about a server."""
+        return self._transport.repairing
+
+    def same(self, name: str) -> bool:
+        """Whether the connection to a server is still the one over which it described itself."""
+        peer = self.known.get(name)
+        return peer is not None and peer.generation == self._transport.generation(name) != 0
+
+    def doubt(self, name: str) -> None:
+        """A server has to describe itself before it is asked again; that is no fault of it."""
+        if (peer := self.known.get(name)) is not None:
+            peer.doubted = True
+        self.look()
+
     def look(self) -> None:
-        """Ask servers for themselves in the background, unless that goes on already."""
+        """Ask servers for themselves in the background: all, unless that goes on already, and each that has to say who it is first."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
+        for name, peer in self.known.items():
+            if peer.doubted and now() >= peer.banned_until and name not in self._checking:
+                self._checking[name] = asyncio.create_task(self._check(name))
+
+    async def _check(self, name: str) -> None:
+        try:
+            answer = await self._ask(name)
+        finally:
+            self._checking.pop(name, None)
+        self._learn(name, answer)
+        try:
+            self._settle()
+        except SwarmMismatch as error:
+            logger.warning("%s", error)
 
     async def _look(self) -> None:
         try:
@@ -275,7 +325,8 @@ class Directory:
             )
         self._numeric_class = numeric_class
 
-    async def _ask(self, name: str) -> tuple[ServerInfo, float] | str:
+    async def _ask(self, name: str) -> tuple[ServerInfo, float, int] | str | None:
+        """What a server says of itself, the round trip, the connection's generation; why it says nothing; ``None`` where that is our fault."""
         began = now()
         try:
             reply = decode(await self._transport.call(name, encode(Message(CallKind.INFO), answer_bytes=0), INFO_TIMEOUT_S))
@@ -283,27 +334,32 @@ class Directory:
                 return Fault.from_message(reply).detail
             if reply.kind != "info":
                 return f"peer {name} answered {reply.kind!r:.80} when asked to describe itself"
-            return ServerInfo.from_json(reply.fields), now() - began
+            return ServerInfo.from_json(reply.fields), now() - began, self._transport.generation(name)
+        except NodeLost:
+            return None
         except (TransportError, WireError) as error:
             return str(error)
 
-    def _learn(self, name: str, answer: tuple[ServerInfo, float] | str) -> None:
+    def _learn(self, name: str, answer: tuple[ServerInfo, float, int] | str | None) -> None:
+        if answer is None:
+            return
         self._others.pop(name, None)
         if isinstance(answer, str):
             logger.debug("peer %s did not describe itself: %s", name, answer)
             self.known.pop(name, None)
             return
-        info, rtt_s = answer
+        info, rtt_s, generation = answer
         if info.model != self.model or info.num_blocks != self.num_blocks:
             self.known.pop(name, None)
             self._others[name] = info
             return
         peer = self.known.get(name)
         if peer is None:
-            self.known[name] = Peer(name, info, rtt_s)
+            self.known[name] = Peer(name, info, rtt_s, generation=generation)
         else:
-            peer.info, peer.rtt_s, peer.doubted = info, rtt_s, False
-            peer.faults //= 2  # it answers again, so it is forgiven step by step
+            peer.info, peer.rtt_s, peer.doubted, peer.generation = info, rtt_s, False, generation
+            if peer.faults and now() - peer.failed_at >= FORGIVEN_S * peer.faults:
+                peer.faults -= 1  # to describe itself well is not enough: some do that and fail every call
 
     def _check_weights(self) -> None:
         """Servers of one block must hold the same weights. At first nobody knows which are right; later, a server that differs is left out."""

@@ -12,10 +12,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from swarmtune.remote.events import SwarmEvent
+from swarmtune.remote.events import EventKind, SwarmEvent
 
 logger = logging.getLogger(__name__)
 MAX_LINES = 100_000
+RETRIED = (EventKind.FAILED, EventKind.SLOW, EventKind.BUSY, EventKind.DRAINED, EventKind.CUT_OFF)
+"""Events after which a call was asked again."""
 
 
 class EventsFile(Callback):
@@ -24,10 +26,12 @@ class EventsFile(Callback):
     Args:
         path: the file; one that is there is continued.
         events: those after a monotonic instant, oldest first.
+        before: running totals of earlier processes of this run; the file corrects them, because a checkpoint cannot know what broke the run off.
     """
 
-    def __init__(self, path: Path, events: Callable[[float], Sequence[SwarmEvent]]) -> None:
-        self.path, self._events = path, events
+    def __init__(self, path: Path, events: Callable[[float], Sequence[SwarmEvent]], before: Callable[[], dict[str, float]] = dict) -> None:
+        self.path, self._events, self._before = path, events, before
+        self._earlier = counted(path)
         self._after = 0.0
         self._lines = 0
 
@@ -45,6 +49,10 @@ class EventsFile(Callback):
         except OSError as error:
             logger.warning("%d events could not be written to %s: %s", len(kept), self.path, error.strerror or error)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run goes on counting from what the file says."""
+        self._before().update(self._earlier)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After each batch."""
         self.write(trainer.global_step)
@@ -56,6 +64,23 @@ class EventsFile(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """What led to the end of the run."""
         self.write(trainer.global_step)
+
+
+def counted(path: Path) -> dict[str, float]:
+    """The running totals that a file of events amounts to; none where there is no file. A line that is no event is passed over."""
+    if not path.exists():
+        return {}
+    totals = dict.fromkeys((*(f"events/{kind}" for kind in EventKind), "events/lost_s", "retries"), 0.0)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+            kind, lost_s = EventKind(event["kind"]), float(event["lost_s"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        totals[f"events/{kind}"] += 1
+        totals["events/lost_s"] += lost_s
+        totals["retries"] += kind in RETRIED
+    return totals
 
 
 def _plain(event: SwarmEvent, step: int) -> dict[str, Any]:

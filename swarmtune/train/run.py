@@ -265,7 +265,7 @@ def build_trainer(
         flags["check_val_every_n_epoch"] = 1  # a fraction is one of an epoch
     callbacks: list[Callback] = [meter]
     if swarm is not None:
-        callbacks.append(EventsFile(run_dir / EVENTS, swarm.events))
+        callbacks.append(EventsFile(run_dir / EVENTS, swarm.events, lambda: meter.before))
     if flags.get("enable_progress_bar") is None:
         flags["enable_progress_bar"] = False  # ours is shown instead
         callbacks += _progress(config, meter, swarm)

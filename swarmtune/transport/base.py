@@ -34,6 +34,15 @@ class Transport(Protocol):
 
     traffic: Traffic
 
+    @property
+    def repairing(self) -> bool:
+        """Whether this side's own way into the network is broken now, so that nothing can be learnt of peers."""
+        ...
+
+    def generation(self, peer: str) -> int:
+        """A number of the connection to ``peer`` that is open, another one for each; 0 where none is open. A new one may lead to a new process."""
+        ...
+
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """Send ``request`` and wait for its whole answer.
 

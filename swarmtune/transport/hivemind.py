@@ -109,11 +109,22 @@ class HivemindNode:
         self._places = Places()
         self._connections: dict[str, Connection] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
+        self._opened: dict[str, int] = {}
         self._served: set[Connection] = set()
         self.daemon_ended = asyncio.Event()
         self.rebuilds = 0
         self.rebuilt: list[Callable[[], Awaitable[None]]] = []
         self.told: Callable[[str, float], None] = lambda sentence, seconds: logger.warning("%s", sentence)
+
+    @property
+    def repairing(self) -> bool:
+        """See ``Transport.repairing``."""
+        return not self._ready.is_set()
+
+    def generation(self, peer: str) -> int:
+        """See ``Transport.generation``."""
+        connection = self._connections.get(peer)
+        return self._opened[peer] if connection is not None and not connection.closed.is_set() else 0
 
     @property
     def daemon_pid(self) -> int | None:
@@ -194,11 +205,17 @@ class HivemindNode:
             self._following = asyncio.create_task(self._follow())  # beside the watch: another daemon may die meanwhile
 
     async def _follow(self) -> None:
+        """What hangs on the daemon begins anew, each as often as it takes; the next daemon that dies ends this."""
         for hook in self.rebuilt:
-            try:
-                await hook()
-            except TransportError as error:
-                logger.warning("after the p2p daemon was started again: %s", error)
+            pause_s = 0.5
+            while True:
+                try:
+                    await hook()
+                    break
+                except (TransportError, *_FOREIGN) as error:
+                    logger.warning("after the p2p daemon was started again: %s; trying again", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(10.0, 2 * pause_s)
 
     async def _until_lost(self) -> str:
         """Wait until the daemon is gone, or answers nothing although it is asked; says which."""
@@ -230,17 +247,20 @@ class HivemindNode:
         while True:
             try:
                 await self._start_daemon()
+                if self._handler is not None:
+                    async with asyncio.timeout(DAEMON_TIMEOUT_S):
+                        await self.serve(self._handler)
                 break
-            except ServerStartFailed as error:
-                self._failure = str(error)
-                logger.warning("%s; trying again", error)
+            except (TimeoutError, ServerStartFailed, *_FOREIGN) as error:
+                self._failure = str(error) or "it does not answer"
+                logger.warning("%s; trying again", self._failure)
+                if self._daemon is not None:
+                    await self._daemon.close(replace=True)
             if now() + pause_s > began + REBUILD_PATIENCE_S:
                 return False
             await asyncio.sleep(pause_s)
             pause_s = min(2.0, 2 * pause_s)
         self._failure = ""
-        if self._handler is not None:
-            await self.serve(self._handler)
         return True
 
     async def _redial(self, peer: str) -> None:
@@ -372,7 +392,7 @@ class HivemindNode:
             if daemon is not None and daemon is self._daemon:
                 async with asyncio.timeout(NEWS_S):
                     await daemon.ended.wait()
-        return daemon is not self._daemon or (daemon is not None and daemon.ended.is_set())
+        return daemon is not self._daemon or not self._ready.is_set() or (daemon is not None and daemon.ended.is_set())
 
     async def close(self) -> None:
         """Close all streams, end the daemon, remove its directory. Safe to repeat."""
@@ -431,6 +451,7 @@ class HivemindNode:
                 raise TransportError(f"no stream to peer {peer}: {_brief(error)}") from error
             connection = Connection(reader, writer, peer=peer, limits=self._limits, traffic=self.traffic)
             self._connections[peer] = await connection.open()
+            self._opened[peer] = self._opened.get(peer, 0) + 1
             return connection
 
 
@@ -441,9 +462,10 @@ async def _let_go(p2p: P2P) -> None:
         if not call.done():
             call.set_exception(P2PDaemonError("the p2p daemon ended"))
     tasks = [task for task in (p2p._listen_task, control._read_task, control._write_task) if task is not None]
-    async with asyncio.timeout(CLOSE_TIMEOUT_S):
-        await p2p.shutdown()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with contextlib.suppress(TimeoutError, *_FOREIGN):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await p2p.shutdown()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _with_port(address: str, bound: Sequence[str]) -> str:
@@ -459,4 +481,6 @@ def _brief(error: BaseException, place: str = "") -> str:
     """The most telling clause of a daemon's error, on one line: what it says of ``place`` where it lists several addresses, else the last one."""
     of_place = str(error).partition(f"[{place}] ")[2].partition("\n")[0] if place else ""
     text = " ".join(of_place.split() or str(error).split())
+    if text.endswith("dial backoff"):  # the daemon does not even try
+        return "it could not be reached a moment ago"
     return (text if of_place else (text.rpartition("] ")[2] or text)[-160:])[:200] or "no answer in time"

@@ -21,7 +21,14 @@ class LoopbackTransport:
         self.traffic = Traffic()
         self._limits = limits
         self._pairs: dict[str, tuple[Connection, Connection]] = {}
+        self._opened: dict[str, int] = {}
+        self.repairing = False
         self._dialling: dict[str, asyncio.Lock] = {}
+
+    def generation(self, peer: str) -> int:
+        """See ``Transport.generation``."""
+        pair = self._pairs.get(peer)
+        return self._opened[peer] if pair is not None and not pair[0].closed.is_set() else 0
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """See ``Transport.call``."""
@@ -50,6 +57,7 @@ class LoopbackTransport:
             client = Connection(*ours, peer=peer, limits=self._limits, traffic=self.traffic)
             server = Connection(*theirs, peer="client", handler=handler, limits=self._limits)
             self._pairs[peer] = (client, server)
+            self._opened[peer] = self._opened.get(peer, 0) + 1
             opened = await asyncio.gather(client.open(), server.open(), return_exceptions=True)
             for failure in opened:
                 if isinstance(failure, BaseException):

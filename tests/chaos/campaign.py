@@ -203,6 +203,7 @@ class Campaign:
         (self.directory / "verdict.md").write_text(row + "\n", encoding="utf-8")
         self.note("verdict", **verdict)
         self._file.close()
+        self._stacks.close()
         print(json.dumps(verdict), flush=True)
         print(row, flush=True)
         return 0 if good else 1

@@ -135,7 +135,7 @@ def finish_one(campaign: Campaign, words: list[str], log: Path, run_dir: Path, m
                 raise RuntimeError(f"a life of {run_dir.name} ended with code {life.code}: see {log / 'runs.txt'}")
         left_behind(campaign, family)
         campaign.tell()
-        if life.code == 0:
+        if life.code == 0 or (run_dir / "summary.json").exists():  # one that was killed after its last file is finished, too
             return
 
 

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     found["servers"].add_argument("--replicas", type=int, default=2, help="servers of each span")
     found["simulate"].add_argument("--pairs", action="store_true", help="each fault at each point, alone and with each fault at each later point")
     found["daemons"].add_argument("--whose", choices=("both", "client", "server"), default="both", help="whose daemons")
+    found["daemons"].add_argument("--pause-s", type=float, default=0.0, help="after each step: 0 kills daemons that have only just been replaced")
     found["client"].add_argument("--steps", type=int, default=40, help="optimizer steps of one run")
     found["soak"].add_argument("--minutes", type=float, default=60.0, help="how long")
     found["soak"].add_argument("--pause-s", type=float, default=0.2, help="between steps")

@@ -44,6 +44,8 @@ ENDINGS = ("normal", "exception", "SIGINT", "SIGTERM", "SIGKILL", "SIGINT in a c
            "SIGINT while starting", "SIGTERM while starting", "SIGKILL while starting")  # fmt: skip
 READY_BOUND_S, END_BOUND_S, GONE_BOUND_S = 90.0, 60.0, 20.0
 STARTING_S = (0.3, 6.0)
+NOT_OURS = ("model", "torchinductor_")
+"""The model was put there from here; torch makes a cache of its own on import, for all processes of a user."""
 PRIVATE = 'mount --bind "$2" /dev/shm && mount --bind "$1" /tmp && shift 2 && exec "$@"'
 
 
@@ -96,7 +98,7 @@ class Place:
         """Files, directories and sockets that are left."""
         if not self.private:
             return sorted(str(path) for path in self._named if path.exists())
-        return sorted(str(path) for each in (self.tmp, self.shm) for path in each.iterdir() if path.name != "model")
+        return sorted(str(path) for each in (self.tmp, self.shm) for path in each.iterdir() if not path.name.startswith(NOT_OURS))
 
     def close(self) -> None:
         """Stop watching; end what is left, so that the next cycle is not disturbed."""

@@ -18,7 +18,7 @@ from tests.chaos.fleet import Fleet
 from tests.chaos.hooks import Calls, route_of
 from tests.chaos.processes import daemon_of, runs, send, stopped
 from tests.chaos.servers import CALL_TIMEOUT_S, QUIET_STEPS, START_BOUND_S, wait_for_spare
-from tests.chaos.training import MICRO_BATCH_TOKENS, SPANS, Pair, pair, tiny_model
+from tests.chaos.training import MICRO_BATCH_TOKENS, SPANS, STEP_BOUND_S, Pair, pair, tiny_model
 
 FREEZE_SHARE = 0.2
 THAW_S = 20.0
@@ -33,12 +33,17 @@ class Daemons:
     def __init__(self, campaign: Campaign, fleet: Fleet, swarm: Swarm, calls: Calls) -> None:
         self._campaign, self._fleet, self._swarm = campaign, fleet, swarm
         self.recovery_s: dict[str, list[float]] = defaultdict(list)
-        self._open: tuple[str, float] | None = None
+        self._open: list[tuple[str, float]] = []
         self._frozen: dict[int, float] = {}
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._look_after, daemon=True)
         self._watch.start()
         calls.succeeded = self._succeeded
+
+    @property
+    def open(self) -> bool:
+        """Whether no call has been begun and done since a strike."""
+        return bool(self._open)
 
     def strike(self, server: ManagedServer | None, freeze: bool) -> None:
         """Kill or freeze the daemon of a server, or of this process."""
@@ -49,17 +54,18 @@ class Daemons:
             return
         if not send(pid, signal.SIGSTOP if freeze else signal.SIGKILL):
             return
-        kind = f"{whose} {'freezes' if freeze else 'kills'}"
-        self._open = (kind, time.monotonic())
+        kind = f"{whose} {'freezes' if freeze else 'kills'}" + " beside a frozen one" * any(map(stopped, list(self._frozen)))
+        self._open = [*self._open, (kind, time.monotonic())]
         if freeze:
             self._frozen[pid] = time.monotonic()
         self._campaign.fault(kind, daemon=pid, server=None if server is None else self._fleet.number(server))
 
     def _succeeded(self, began: float, ended: float) -> None:
-        if self._open is not None and began > self._open[1]:
-            (kind, at), self._open = self._open, None
-            self.recovery_s[kind].append(ended - at)
-            self._campaign.note("recovered", kind=kind, seconds=round(ended - at, 3))
+        found, self._open = self._open, [each for each in self._open if each[1] >= began]
+        for kind, at in found:
+            if at < began:
+                self.recovery_s[kind].append(ended - at)
+                self._campaign.note("recovered", kind=kind, seconds=round(ended - at, 3))
 
     def _look_after(self) -> None:
         """A server that ends with its daemon is started again; a frozen daemon that is still there goes on."""
@@ -101,15 +107,15 @@ def run(options: argparse.Namespace) -> int:
         calls = Calls().attach(swarm)
         daemons = Daemons(campaign, fleet, swarm, calls)
         stack.callback(daemons.close)
-        train(campaign, fleet, swarm, both, daemons, options.whose)
+        train(campaign, fleet, swarm, both, daemons, options)
         campaign.facts["recovery_s"] = {kind: quantiles(seconds) for kind, seconds in sorted(daemons.recovery_s.items())}
-        kills = [seconds for kind, found in daemons.recovery_s.items() if kind.endswith("kills") for seconds in found]
+        kills = [seconds for kind, found in daemons.recovery_s.items() if kind.endswith("kills") for seconds in found]  # alone
         campaign.facts["recovery_of_kills_s"] = quantiles(kills)
         campaign.facts["goal_met"] = bool(kills) and quantiles(kills)["p95"] < GOAL_S
     return campaign.finish()
 
 
-def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: Daemons, whose: str) -> None:
+def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: Daemons, options: argparse.Namespace) -> None:
     """Steps until all faults have been made, one in each at a seeded moment, and one more."""
     began = time.monotonic()
     for _ in range(QUIET_STEPS):
@@ -117,7 +123,7 @@ def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: D
     step_s = (time.monotonic() - began) / QUIET_STEPS
     random = campaign.random
     while campaign.counts["faults"] < campaign.wanted:
-        target = random.choice(("client", "server")) if whose == "both" else whose
+        target = random.choice(("client", "server")) if options.whose == "both" else options.whose
         server = None
         if target == "server":
             with campaign.bound("the wait for a server that can be spared", START_BOUND_S):
@@ -131,5 +137,9 @@ def train(campaign: Campaign, fleet: Fleet, swarm: Swarm, both: Pair, daemons: D
             both.step()
         finally:
             timer.join()
+        if daemons.open:  # it came when no call was asked any more: what passes until the next step is ours
+            with campaign.bound("a call after a strike", STEP_BOUND_S):
+                both.loud.probe()
+        time.sleep(options.pause_s)
         campaign.counts["hits"] += swarm.traffic().retries > retries
     both.step()

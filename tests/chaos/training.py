@@ -47,6 +47,11 @@ class Training:
         loss.backward()
         self._optimizer.step()
 
+    def probe(self) -> None:
+        """A forward that nothing follows."""
+        with torch.no_grad():
+            self.model(**batch(ROWS, TOKENS, seed=self.seed))
+
 
 class Pair:
     """The loud training and the quiet one, step by step."""

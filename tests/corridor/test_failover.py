@@ -156,3 +156,28 @@ def test_servers_that_describe_themselves_and_fail_every_call_end_in_an_error(bl
         with pytest.raises(SwarmError, match=r"no server did the work within .* the device is gone"):
             remote(bloom, swarm)(**batch())
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("other", ["weights", "dtype"])
+def test_a_server_that_comes_back_as_another_one_between_two_steps_is_not_used(bloom: Path, tmp_path: Path, other: str) -> None:
+    """Nothing fails: the address is the same, the connection is simply new."""
+    path = save_tiny("bloom", tmp_path / "other", seed=1) if other == "weights" else bloom
+    with loopback(bloom, ["0:4"], patience_s=0.8) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        step(model, batch())
+        transport = swarm._transport
+        swarm.loop.run(transport.kill("peer0"))  # type: ignore[attr-defined]
+        transport.handlers["peer0"] = make_handler(path, "0:4", torch.bfloat16 if other == "dtype" else torch.float32)  # type: ignore[attr-defined]
+        with pytest.raises(BlocksUnserved, match="left out for other weights" if other == "weights" else "this run computes in float32; left out"):
+            step(model, batch())
+
+
+def test_a_server_that_comes_back_as_it_was_goes_on(bloom: Path, quiet: dict[str, torch.Tensor]) -> None:
+    with loopback(bloom, ["0:4"]) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        set_values([dict(model.adapter.named_parameters())])
+        step(model, batch())
+        transport = swarm._transport
+        swarm.loop.run(transport.kill("peer0"))  # type: ignore[attr-defined]
+        transport.handlers["peer0"] = make_handler(bloom, "0:4")  # type: ignore[attr-defined]
+        assert same_bits(quiet, step(model, batch())[2])

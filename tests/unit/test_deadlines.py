@@ -105,13 +105,28 @@ def test_ever_new_servers_that_fail_are_not_asked_for_ever() -> None:
 
 def test_busy_servers_do_not_use_up_the_patience_but_their_own() -> None:
     async def run() -> tuple[float, list[bool]]:
-        patience = Patience(10.0, 3.0)
+        patience, answers = Patience(10.0, 60.0), []
         patience.blame(fault())
-        before = patience.remaining_s()
-        answers = [patience.wait_for(1.0, PeerBusy("peer", SPAN, "no room", 1.0)) for _ in range(3)]
-        return patience.remaining_s() - before, answers
+        for _ in range(9):
+            await asyncio.sleep(6.0)  # the call itself, until it was turned away
+            answers.append(patience.wait_for(1.0, PeerBusy("peer", SPAN, "no room", 1.0)))
+            left_s = patience.remaining_s()
+            await asyncio.sleep(1.0)
+        return left_s, answers
 
-    assert on_the_clock(run) == (3.0, [False, False, True])
+    assert on_the_clock(run) == (10.0, [False] * 8 + [False])
+
+
+def test_servers_that_are_busy_for_ever_end_a_call() -> None:
+    async def run() -> int:
+        patience = Patience(10.0, 60.0)
+        for number in range(1000):
+            if patience.wait_for(1.0, PeerBusy("peer", SPAN, "no room", 1.0)):
+                return number
+            await asyncio.sleep(7.0)
+        return -1
+
+    assert on_the_clock(run) == 9
 
 
 def test_the_last_failure_is_told() -> None:

@@ -149,3 +149,16 @@ def test_a_quiet_run_writes_no_file_and_a_loud_one_no_endless_one(tmp_path: Path
 def test_a_disk_that_is_full_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file_of(tmp_path / "absent" / "events.jsonl", log_of(1)).write(1)
     assert "1 events could not be written to" in caplog.text
+
+
+def test_a_resumed_run_counts_what_broke_the_last_one_off(tmp_path: Path) -> None:
+    """The checkpoint is from before it."""
+    path = tmp_path / "events.jsonl"
+    file_of(path, log_of(3)).write(1)
+    with path.open("a") as file:
+        file.write('{"kind": "waited", "lost_s": 9.5}\n{"kind": "unheard of", "lost_s": 1}\nhalf a li')
+    meter = Meter(lambda: traffic(log_of(1)), 0.0)
+    again = EventsFile(path, lambda after: [], lambda: meter.before)
+    again.on_train_start(None, None)  # type: ignore[arg-type]
+    totals = meter.totals()
+    assert (totals["events/failed"], totals["events/waited"], totals["events/lost_s"], totals["retries"]) == (4, 1, 11.5, 3 + 4)
