@@ -203,7 +203,7 @@ class NetLab:
         finally:
             router.stdout.close()
             self._reap()
-            remove([name_of(host) for host in [*self.links, HUB]], spared=(os.getpid(),))  # where the router was killed
+            remove([name_of(host) for host in [*self.links, HUB]], os.getpid())  # where the router was killed
 
     def _reap(self) -> None:
         for process in self._started:

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 NAMESPACES = Path("/run/netns")
@@ -91,27 +91,33 @@ def _stat(process: Path) -> list[str]:
     return (process / "stat").read_text().rpartition(")")[2].split()
 
 
-def remove(names: Sequence[str], spared: Sequence[int] = ()) -> None:
-    """End what runs in these namespaces, then remove them; those that are gone already are no error.
-
-    ``spared`` holds processes that are never signalled: the caller, and its parent where that owns the lab. While it lives, an orphan inside is
-    what a program has left to clean up after it (the keeper of a daemon), so it is let finish.
-    """
+def remove(names: Sequence[str], owner: int | None = None) -> None:
+    """End what runs in these namespaces, then remove them; those that are gone already are no error."""
     names = [name for name in names if (NAMESPACES / name).exists()]
+    end_all_in(names, owner)
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)  # another one may have been faster
+
+
+def end_all_in(names: Sequence[str], owner: int | None) -> None:
+    """SIGTERM to what does not end by itself, then SIGKILL.
+
+    While the owner of the lab lives, an orphan inside is what a program has left to clean up after it (the keeper of a daemon), so it is let finish.
+    Neither the owner nor this process is ever signalled.
+    """
+    spared = {os.getpid(), owner}
     if _gone(names, spared, SETTLE_S):
         running = processes_in(names)
-        orphans_too = not spared or INIT in spared  # the owner is dead, so its children are orphans, too
+        orphans_too = owner is None or not _alive(owner)  # so its own children are orphans, too
         for pid, parent in running.items():
             if pid not in spared and parent not in running and (parent != INIT or orphans_too):  # a tree's root ends its own children
                 _signal(pid, signal.SIGTERM)
     for pid in _gone(names, spared, TERMINATE_S):
         _signal(pid, signal.SIGKILL)
     _gone(names, spared, TERMINATE_S)
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)  # another one may have been faster
 
 
-def _gone(names: Sequence[str], spared: Sequence[int], limit_s: float) -> list[int]:
+def _gone(names: Sequence[str], spared: Collection[int | None], limit_s: float) -> list[int]:
     """Wait until nothing runs there any more; returns what does nevertheless."""
     ends_at = time.monotonic() + limit_s
     while (left := [pid for pid in processes_in(names) if pid not in spared]) and time.monotonic() < ends_at:

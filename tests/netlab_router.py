@@ -21,11 +21,13 @@ import select
 import signal
 import struct
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.netlab_namespaces import inside, remove
+from tests.netlab_namespaces import end_all_in, inside, remove
 
 SLACK_S = 0.00025
 """Packets leave up to this much early, so that one wake-up serves several."""
@@ -92,18 +94,24 @@ class Router:
         self._number = 0
         self._index = {address: number for number, address in enumerate(hosts)}
 
-    def run(self) -> None:
-        """Until standard input ends."""
+    def run(self, end: Callable[[], None]) -> None:
+        """Until standard input ends, and then as long as ``end`` takes: what runs inside needs its network to say goodbye."""
         heap, control = self._heap, Control(self)
+        ending: threading.Thread | None = None
         tuns = {host.tun: number for number, host in enumerate(self._hosts)}
         watched = [0, *tuns]
-        while True:
-            ready = select.select(watched, [], [], max(0.0, heap[0][0] - time.monotonic()) if heap else None)[0]
+        while ending is None or ending.is_alive():
+            wait_s = max(0.0, heap[0][0] - time.monotonic()) if heap else None
+            if ending is not None:
+                wait_s = 0.02 if wait_s is None else min(wait_s, 0.02)
+            ready = select.select(watched, [], [], wait_s)[0]
             for descriptor in ready:
                 if descriptor:
                     self._take(tuns[descriptor])
                 elif not control.read():
-                    return
+                    watched.remove(0)
+                    ending = threading.Thread(target=end)
+                    ending.start()
             self._pass(time.monotonic() + SLACK_S)
 
     def _take(self, sender: int) -> None:
@@ -189,7 +197,7 @@ def open_tun(namespace: str) -> int:
     return tun
 
 
-def serve(names: list[str]) -> None:
+def serve(names: list[str], owner: int) -> None:
     """Wait for the word that the namespaces are there, with the addresses of their hosts; then route, or just wait."""
     with open(0, "rb", buffering=0, closefd=False) as control:  # nothing may stay in a buffer: select looks at the descriptor
         line = control.readline()
@@ -209,7 +217,7 @@ def serve(names: list[str]) -> None:
         with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, -10)  # a network does not wait for the programs that use it
         gc.disable()  # there are no cycles here, and a collector would go through every packet under way
-        Router(hosts, asked["mtu"]).run()
+        Router(hosts, asked["mtu"]).run(lambda: end_all_in(names, owner))
     else:
         idle = Control(None)
         while idle.read():
@@ -218,13 +226,13 @@ def serve(names: list[str]) -> None:
 
 def main() -> None:
     """Route until the owner ends, then leave nothing."""
-    names = sys.argv[1:]
+    names, owner = sys.argv[1:], os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        serve(names)
+        serve(names, owner)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        remove(names, spared=(os.getpid(), os.getppid()))
+        remove(names, owner)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class HivemindNode:
         misses, heard = 0, self.traffic.bytes_down
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PROBE_EVERY_S):  # not wait_for, which before Python 3.12 can lose the cancellation that ends this node
+                async with asyncio.timeout(PROBE_EVERY_S):  # wait_for can swallow a cancellation that comes with the end of the daemon
                     await self._daemon.ended.wait()
             if self._daemon.gone:
                 return "ended"

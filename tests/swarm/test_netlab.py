@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,6 +219,30 @@ def test_what_a_program_leaves_to_clean_up_after_it_may_finish(tmp_path: Path) -
         stays = lab.popen("z", ["sleep", "300"])
     assert (tmp_path / "clean").exists()
     assert stays.wait(1) == -signal.SIGTERM
+
+
+def test_programs_have_their_network_until_they_have_ended() -> None:
+    leaving = """
+import signal, socket, sys
+wire = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+wire.connect((sys.argv[1], int(sys.argv[2])))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(wire.send(b"goodbye") - 7))
+print("ready", flush=True)
+signal.pause()
+"""
+    with NetLab({"y": Link(delay_ms=10), "z": Link()}) as lab:
+        with lab.inside("y"):
+            heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with heard:
+            heard.bind((lab.address("y"), 0))
+            words = [sys.executable, "-S", "-c", leaving, *map(str, heard.getsockname())]
+            with lab.popen("z", words, stdout=subprocess.PIPE) as program:
+                assert program.stdout is not None
+                assert program.stdout.readline() == b"ready\n"
+                lab.close()
+            assert program.returncode == 0
+            heard.settimeout(5)
+            assert heard.recv(16) == b"goodbye"
 
 
 def test_stale_labs_are_removed_and_nothing_else_is() -> None:
