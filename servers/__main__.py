@@ -148,7 +148,7 @@ async def _work(
     await _start_node(config, parent, node)
     reachable = await _reach(node, config.initial_peers)
     await directory.start(node.p2p, reachable, client=False)
-    node.rebuilt.append(lambda: directory.restart(node.p2p, list(config.initial_peers), client=False))
+    node.rebuilt.append(lambda: directory.rebind(node.p2p))
     await node.serve(handler)
     _say_ready(config, handler.info, node.addresses)
     if parent is not None:

@@ -406,7 +406,7 @@ class HivemindLoop(LoopThread):
         discovery.joined()
         node, directory = self._node, self._directory
         await directory.start(node.p2p, [address for address in addresses if peer_of(address) in reached], client=True)
-        node.rebuilt.append(lambda: directory.restart(node.p2p, addresses, client=True))
+        node.rebuilt.append(lambda: directory.rebind(node.p2p))
         return node, discovery
 
     async def _cancel_all(self) -> None:

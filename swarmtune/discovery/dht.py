@@ -18,6 +18,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError, P2PHandlerError
 from hivemind.proto import dht_pb2
+from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import get_dht_time
 
@@ -35,7 +36,6 @@ START_TIMEOUT_S = 15.0
 PUBLISH_TIMEOUT_S = 15.0
 PING_TIMEOUT_S = 4.0
 CLOSE_TIMEOUT_S = 2.0
-DEAD_TIMEOUT_S = 0.2
 _FOREIGN = (P2PDaemonError, P2PHandlerError, OSError, EOFError, ValueError, RuntimeError)
 
 
@@ -151,14 +151,17 @@ class DirectoryNode:
                 blacklist_time=0.0,
             )
 
-    async def restart(self, p2p: P2P, initial_peers: list[str], *, client: bool) -> None:
-        """Join again over a new daemon; what was stored here is announced again by its owners.
+    async def rebind(self, p2p: P2P) -> None:
+        """Go on over another daemon of the same identity: records and neighbours stay, and others know this node as before.
 
         Raises:
-            TransportError: that did not work.
+            TransportError: the daemon does not take the handlers.
         """
-        await self.close(DEAD_TIMEOUT_S)  # the old daemon is gone, and nothing answers there
-        await self.start(p2p, initial_peers, client=client)
+        node = self._joined()
+        node.p2p = node.protocol.p2p = p2p
+        if not node.protocol.client_mode:
+            async with _deadline("go on", START_TIMEOUT_S):
+                await node.protocol.add_p2p_handlers(p2p, AuthRPCWrapper(node.protocol, AuthRole.SERVICER, node.protocol.authorizer))
 
     @property
     def started(self) -> bool:
@@ -211,12 +214,12 @@ class DirectoryNode:
             raise TransportError("this node is not part of the DHT now")
         return self._node
 
-    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    async def close(self) -> None:
         """Leave the DHT."""
         if self._node is not None:
             node, self._node = self._node, None
             try:
-                async with _deadline("say goodbye", timeout_s):  # it would wait for ever for a daemon that is gone
+                async with _deadline("say goodbye", CLOSE_TIMEOUT_S):  # it would wait for ever for a daemon that is gone
                     await node.shutdown()
             except TransportError as error:
                 logger.debug("%s", error)

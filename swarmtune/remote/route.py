@@ -32,6 +32,8 @@ HALF_LIFE_CALLS = 50
 """A server that is not asked may have become faster, so what was measured of it fades: by half in a minute, or in the time of fifty such calls."""
 SLOW_TIMES = 3.0
 """A server that takes so many times as long as the quickest for the same blocks is called slow."""
+MAX_SILENT = 32
+"""So many servers that stopped answering are kept for the sentence that says why nobody serves a block."""
 MIXED = "mixed"
 """Stands for the numeric class of a route that needs servers of several."""
 
@@ -116,6 +118,7 @@ class Directory:
         self._looking: asyncio.Task[None] | None = None
         self._used_at: dict[str, float] = {}
         self._checking: dict[str, asyncio.Task[None]] = {}
+        self._silent: dict[str, str] = {}
 
     @property
     def numeric_class(self) -> str | None:
@@ -346,9 +349,13 @@ class Directory:
         self._others.pop(name, None)
         if isinstance(answer, str):
             logger.debug("peer %s did not describe itself: %s", name, answer)
-            self.known.pop(name, None)
+            if self.known.pop(name, None) is not None or name in self._used_at:
+                self._silent[name] = answer
+            while len(self._silent) > MAX_SILENT:
+                self._silent.pop(next(iter(self._silent)))
             return
         info, rtt_s, generation = answer
+        self._silent.pop(name, None)
         if info.model != self.model or info.num_blocks != self.num_blocks:
             self.known.pop(name, None)
             self._others[name] = info
@@ -412,6 +419,8 @@ class Directory:
         served = "; ".join(f"{peer.info.span} by {peer.info.name or peer.name}" for peer in trusted)
         detail = f"nobody serves blocks {', '.join(map(str, missing or [BlockSpan(start, stop)]))} of 0:{self.num_blocks}; "
         detail += f"served: {served}" if served else "no server of this model answers"
+        if self._silent:
+            detail += f"; of those known before, {len(self._silent)} did not answer when asked again: {list(self._silent.values())[-1][:400]}"
         if self._others:
             detail += f" (the swarm holds other models: {models_sentence(self._others)}; this model is {self.model} with {self.num_blocks} blocks)"
         if self._left_out:

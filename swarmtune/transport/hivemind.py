@@ -31,6 +31,7 @@ from swarmtune.transport.base import Handler, NodeLost, Traffic, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.transport.connection import Connection, close_writer
 from swarmtune.transport.daemon import Daemon
+from swarmtune.transport.places import Places, knock
 from swarmtune.wire.frames import Budget, Encoded, Incoming, Share, WireLimits
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class HivemindNode:
         self._redials: dict[str, asyncio.Task[None]] = {}
         self._ready = asyncio.Event()
         self._failure, self._starts = "", 0
-        self._addresses_of: dict[str, str] = {}
+        self._places = Places()
         self._connections: dict[str, Connection] = {}
         self._dialling: dict[str, asyncio.Lock] = {}
         self._opened: dict[str, int] = {}
@@ -173,8 +174,7 @@ class HivemindNode:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await daemon.start(Path(hivemind.hivemind_cli.__path__[0]) / "p2pd", self._directory / "identity", flags)
-                attached: Any = type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{self._directory}/"})
-                self._p2p = await attached.replicate(Multiaddr(f"/unix{daemon.socket}"))
+                self._p2p = await self._attached(self._directory).replicate(Multiaddr(f"/unix{daemon.socket}"))
                 if self._listen:
                     await self.look_at_addresses()
         except (TimeoutError, TransportError, ServerStartFailed, *_FOREIGN) as error:
@@ -196,7 +196,7 @@ class HivemindNode:
                 self._ready.set()
             if not rebuilt:
                 return
-            self._redials = {peer: asyncio.create_task(self._redial(address)) for peer, address in self._addresses_of.items()}
+            self._redials = {peer: asyncio.create_task(self._redial(peer)) for peer in self._places}
             self.rebuilds += 1
             seconds = now() - began
             self.told(f"the p2p daemon of this process {why}: another one took its place after {seconds:.1f} s (number {self.rebuilds})", seconds)
@@ -240,9 +240,7 @@ class HivemindNode:
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
-            with contextlib.suppress(TimeoutError, *_FOREIGN):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await p2p.shutdown()
+            await _let_go(p2p)
         if self._daemon is not None:
             await self._daemon.close(replace=True)
         pause_s = 0.1
@@ -265,12 +263,36 @@ class HivemindNode:
         self._failure = ""
         return True
 
-    async def _redial(self, address: str) -> None:
+    async def _redial(self, peer: str) -> None:
         """A new daemon knows nobody."""
+        places = self._places.of(peer)
         try:
-            await self.connect(address)
-        except TransportError as error:
-            logger.debug("%s", error)
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                await knock(places)
+                await self._dial(peer, places)
+        except (TimeoutError, TransportError, *_FOREIGN) as error:
+            logger.debug("peer %s is not reached again yet: %s", peer, _brief(error))
+
+    async def _dial(self, peer: str, places: Sequence[str]) -> None:
+        request = p2pd_pb2.ConnectRequest(peer=PeerID.from_base58(peer).to_bytes(), addrs=[Multiaddr(place).to_bytes() for place in places])
+        _, writer, _ = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=request))
+        await close_writer(writer)
+
+    async def _make_sure(self, peer: str) -> None:
+        """Raise ``ConnectionRefusedError`` rather than have the daemon dial a peer that is certainly away."""
+        if (places := self._places.of(peer)) and peer not in (await self.connected() or ()):
+            await knock(places)
+
+    def _attached(self, directory: Path) -> Any:
+        """The library's class for this daemon; through it the DHT neither dials peers that are away, nor waits for a daemon that is gone."""
+
+        async def call_unary(p2p: P2P, peer: PeerID, *rest: Any) -> Any:
+            await self._make_sure(peer.to_base58())
+            if p2p is not self._p2p:
+                raise P2PDaemonError("the p2p daemon ended")
+            return await P2P._call_unary_protobuf_handler(p2p, peer, *rest)
+
+        return type("AttachedP2P", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/", "_call_unary_protobuf_handler": call_unary})
 
     @property
     def answering(self) -> bool:
@@ -341,11 +363,12 @@ class HivemindNode:
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 await self._ready.wait()
-                # The client object is hivemind's own; it has no public way to dial an address after the start.
-                await self.p2p._client.connect(PeerID.from_base58(peer), [Multiaddr(place)])
+                if place in self._places.of(peer):
+                    await knock([place])
+                await self._dial(peer, [place])
         except (TimeoutError, TransportError, *_FOREIGN) as error:
             raise TransportError(f"peer {peer} cannot be reached at {address}: {_brief(error, place)}") from error
-        self._addresses_of[peer] = address
+        self._places.add(peer, place)
         return peer
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
@@ -382,9 +405,7 @@ class HivemindNode:
         self._connections.clear()
         if self._p2p is not None:
             p2p, self._p2p = self._p2p, None
-            with contextlib.suppress(TimeoutError, *_FOREIGN):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await p2p.shutdown()
+            await _let_go(p2p)
         if self._daemon is not None:
             daemon, self._daemon = self._daemon, None
             await daemon.close()
@@ -422,6 +443,7 @@ class HivemindNode:
                 raise TransportError(f"the p2p daemon of this process ended and could not be started again ({self._failure}): connect again")
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT_S):
+                    await self._make_sure(peer)
                     reader, writer = await self._open_stream(peer)
             except TimeoutError as error:
                 raise TransportError(f"peer {peer} did not answer within {DIAL_TIMEOUT_S:.0f} s") from error
@@ -431,6 +453,19 @@ class HivemindNode:
             self._connections[peer] = await connection.open()
             self._opened[peer] = self._opened.get(peer, 0) + 1
             return connection
+
+
+async def _let_go(p2p: P2P) -> None:
+    """Leave a daemon for good: hivemind would leave those waiting who wait for its answers, and nobody hears what its own tasks end with."""
+    control = p2p._client.control
+    for call in control._pending_calls.values():
+        if not call.done():
+            call.set_exception(P2PDaemonError("the p2p daemon ended"))
+    tasks = [task for task in (p2p._listen_task, control._read_task, control._write_task) if task is not None]
+    with contextlib.suppress(TimeoutError, *_FOREIGN):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await p2p.shutdown()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _with_port(address: str, bound: Sequence[str]) -> str:

@@ -55,5 +55,5 @@ def test_a_rolling_restart_of_all_servers_fails_no_step(bloom: Path, tmp_path: P
     verdict = judge(history)
     assert verdict.clean, verdict
     assert (verdict.passes, verdict.given_up) == (2 * steps, 0)
-    assert events[EventKind.WAITED].count >= 2  # two micro-batches, for the half without a replica
+    assert events[EventKind.WAITED].count >= 1  # for the half without a replica
     assert events[EventKind.FAILED].lost_s < 10

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,11 +16,14 @@ import pytest
 import torch
 
 import swarmtune
+from swarmtune.discovery.dht import DirectoryNode
+from swarmtune.discovery.records import Announcement
 from swarmtune.errors import SwarmError
 from swarmtune.remote.events import EventKind
+from swarmtune.transport.base import TransportError
 from swarmtune.transport.hivemind import HivemindNode
 from tests.chaos.processes import daemon_of
-from tests.harness import batch, lora, remote, same_bits, set_values, step
+from tests.harness import batch, lora, make_handler, remote, same_bits, set_values, step
 from tests.swarm.test_serving import serve
 
 pytestmark = pytest.mark.swarm
@@ -91,7 +95,9 @@ def test_a_daemon_without_its_keeper_is_replaced(bloom: Path, local: swarmtune.L
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_goes_on_under_the_same_address(bloom: Path, local: swarmtune.LocalSwarm, number: signal.Signals) -> None:
+def test_a_server_goes_on_under_the_same_address(
+    bloom: Path, local: swarmtune.LocalSwarm, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
     (server,) = local.servers
     with swarmtune.connect(local.initial_peers) as swarm:
         model = remote(bloom, swarm, lora("bloom"))
@@ -100,7 +106,11 @@ def test_a_server_goes_on_under_the_same_address(bloom: Path, local: swarmtune.L
         pid, daemon = server.pid, daemon_of(server.pid)
         assert daemon is not None
         os.kill(daemon, number)
-        assert same_bits(quiet, step(model, batch())[2])
+        with caplog.at_level(logging.WARNING, "swarmtune"):
+            assert same_bits(quiet, step(model, batch())[2])
+        assert "could not be reached a moment ago" not in caplog.text, (
+            "the client's daemon was made to dial a server that was away, so it refused to do so again for 5 s"
+        )
         assert server.alive
         assert server.pid == pid
         assert daemon_of(pid) not in (None, daemon)
@@ -159,6 +169,81 @@ def test_a_listening_node_keeps_the_port_that_it_was_given() -> None:
 
     before, after = asyncio.run(run())
     assert before == after
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < ends_at
+        await asyncio.sleep(0.02)
+
+
+def test_a_server_keeps_the_records_of_others_over_another_daemon(bloom: Path) -> None:
+    """Whoever joins through it finds the others at once, not when these announce themselves the next time."""
+    info = make_handler(bloom, "0:4").info
+
+    async def run() -> None:
+        nodes, directories = [HivemindNode(), HivemindNode(), HivemindNode()], [DirectoryNode(), DirectoryNode(), DirectoryNode()]
+        (first, second, client), (keeper, owner, asker) = nodes, directories
+        try:
+            await first.start(["/ip4/127.0.0.1/tcp/0"])
+            await keeper.start(first.p2p, [], client=False)
+            first.rebuilt.append(lambda: keeper.rebind(first.p2p))
+            followed = asyncio.Event()
+
+            async def last() -> None:
+                followed.set()
+
+            first.rebuilt.append(last)
+            await second.start(["/ip4/127.0.0.1/tcp/0"])
+            await second.connect(first.addresses[0])
+            await owner.start(second.p2p, [first.addresses[0]], client=False)
+            announcement = Announcement(second.peer_id, info, second.addresses, time.time() + 60)
+            assert await owner.publish(announcement, announcement.seal(second.identity))
+            await owner.close()
+            await second.close()
+            assert first.daemon_pid is not None
+            os.kill(first.daemon_pid, signal.SIGKILL)
+            await until(followed.is_set)
+            await client.start()
+            await client.connect(first.addresses[0])
+            await asker.start(client.p2p, [first.addresses[0]], client=True)
+            assert [found.peer for found in await asker.find(info.model)] == [second.peer_id]
+        finally:
+            for directory, node in zip(directories, nodes, strict=True):
+                await directory.close()
+                await node.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("frozen", ["ours", "theirs"])
+def test_a_question_to_the_dht_ends_with_our_daemon(frozen: str) -> None:
+    """Hivemind alone would wait for the answer of a daemon that is gone; a frozen one keeps the question open until then."""
+
+    async def run() -> float:
+        node, directory, other = HivemindNode(), DirectoryNode(), HivemindNode()
+        try:
+            await other.start(["/ip4/127.0.0.1/tcp/0"])
+            await node.start()
+            peer = await node.connect(other.addresses[0])
+            await directory.start(node.p2p, [], client=True)
+            assert node.daemon_pid is not None
+            assert other.daemon_pid is not None
+            os.kill(node.daemon_pid if frozen == "ours" else other.daemon_pid, signal.SIGSTOP)
+            asking = asyncio.create_task(directory.clock_ahead(peer))
+            await asyncio.sleep(0.5)
+            os.kill(node.daemon_pid, signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(TransportError):
+                await asking
+            return time.monotonic() - began
+        finally:
+            await directory.close()
+            await node.close()
+            await other.close()
+
+    assert asyncio.run(run()) < 2
 
 
 def test_a_swarm_whose_daemons_all_die_at_once_is_one_swarm_again(bloom: Path, tmp_path: Path) -> None:
