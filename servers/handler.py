@@ -120,11 +120,11 @@ class CallHandler:
 
     def _timed(self, run: Callable[[SpanCall], SpanResult], call: SpanCall, arrived: float) -> Callable[[], SpanResult]:
         def job() -> SpanResult:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), self._span.block_forwards
             result = run(call)
             seconds = time.perf_counter() - began
             rate = call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1] * len(call.span) / max(seconds, 1e-6)
             self._rate_tok_s = rate if not self._rate_tok_s else 0.8 * self._rate_tok_s + 0.2 * rate
-            return replace(result, times=ServerTimes(round((began - arrived) * 1e6), round(seconds * 1e6)))
+            return replace(result, times=ServerTimes(round((began - arrived) * 1e6), round(seconds * 1e6), self._span.block_forwards - before))
 
         return job

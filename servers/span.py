@@ -65,7 +65,11 @@ class Bound:
 
 
 class Span:
-    """The blocks that one server holds. Not thread-safe: one device worker runs it."""
+    """The blocks that one server holds. Not thread-safe: one device worker runs it.
+
+    Attributes:
+        block_forwards: blocks run forward so far, those that a backward runs again included.
+    """
 
     def __init__(
         self, config: PretrainedConfig, site: LayerSite, span: BlockSpan, weights: BlockWeights, dtype: torch.dtype, device: torch.device
@@ -73,6 +77,7 @@ class Span:
         self.config, self.site, self.span, self.weights = in_dtype(config, dtype), site, span, weights
         self.dtype, self.device = dtype, device
         self.programs = Programs(self.config, site, weights, dtype, device)
+        self.block_forwards = 0
 
     def forward(self, call: SpanCall) -> SpanResult:
         """Run the called blocks and keep no graph.
@@ -238,6 +243,7 @@ class Span:
         arguments: dict[str, Any] = dict(bound.arguments)
         if bound.prefixes:
             arguments |= self._prefixed(program, bound, hidden_BTH)
+        self.block_forwards += len(program.layers)
         replacements = {f"parent.{name}": tensor for name, tensor in bound.replacements.items()}
         with _prompts(program, bound.prompts), active(program.dropouts, plan):
             # Tied names are given one by one, because a tuner's shared tensors have several.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ class SwarmTraffic:
         retries: calls that had to be asked again.
         wait_s: seconds that callers waited for the swarm.
         servers: what each server did, in the order in which they were first asked.
+        payload: bytes of tensors in messages, by direction and kind (``up hidden``, ``down kwarg gradients``).
         events: how often something went wrong, and what it cost, by kind.
     """
 
@@ -56,6 +58,7 @@ class SwarmTraffic:
     retries: int
     wait_s: float
     servers: tuple[ServerTotals, ...]
+    payload: Mapping[str, int] = field(default_factory=dict)
     events: Mapping[EventKind, Tally] = field(default_factory=dict)
 
 
@@ -109,6 +112,7 @@ class Swarm:
             retries=sum(each.retries for each in counters),
             wait_s=sum(each.wait_s for each in counters),
             servers=tuple(replace(server) for each in counters for server in list(each.servers.values())),
+            payload=dict(sum((each.payload for each in counters), Counter())),
             events={kind: _sum(log.by_kind[kind] for log in self._logs()) for kind in EventKind},
         )
 

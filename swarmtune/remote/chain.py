@@ -415,6 +415,7 @@ class Chain:
         totals.calls += 1
         request = encode(message, answer_bytes=answer_bytes)
         totals.bytes_up += len(request.header) + request.body_bytes
+        self.counters.carried("up", message.kind, message)
         try:
             async with asyncio.timeout(None) as scope:
                 watch = _SlowWatch(scope, self._directory, hop, limit_s)
@@ -423,6 +424,7 @@ class Chain:
                 finally:
                     watch.stop()
             reply = decode(answer)
+            self.counters.carried("down", message.kind, reply)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
         except TimeoutError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 from swarmtune.types import BlockSpan
+from swarmtune.wire.codec import Message
 from swarmtune.wire.frames import Incoming
-from swarmtune.wire.messages import ServerInfo, ServerTimes
+from swarmtune.wire.messages import CallKind, ServerInfo, ServerTimes
 
 
 @dataclass(slots=True)
@@ -24,6 +27,7 @@ class ServerTotals:
         network_s: seconds of done calls that it did not account for: the way there and back.
         queue_s: seconds that calls waited there, as it says.
         compute_s: seconds of work, as it says.
+        block_forwards: blocks that it ran forward, as it says; recomputing for a backward included.
         bytes_up: of messages sent to it.
         bytes_down: of whole answers received.
     """
@@ -36,6 +40,7 @@ class ServerTotals:
     network_s: float = 0.0
     queue_s: float = 0.0
     compute_s: float = 0.0
+    block_forwards: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -48,6 +53,7 @@ class ServerTotals:
             self.queue_s + queue_s,
             self.network_s + seconds - compute_s - queue_s,
         )
+        self.block_forwards += times.block_forwards if times else 0
         self.bytes_down += len(answer.body)
 
 
@@ -57,13 +63,22 @@ class ChainCounters:
 
     Attributes:
         wait_s: seconds that the caller's thread waited for the chain.
+        payload: bytes of tensors by direction and kind, such as ``up hidden``: what calls carried, sent again after a failure or not.
         servers: by peer id.
     """
 
     calls: int = 0
     retries: int = 0
     wait_s: float = 0.0
+    payload: Counter[str] = field(default_factory=Counter)
     servers: dict[str, ServerTotals] = field(default_factory=dict)
+
+    def carried(self, way: Literal["up", "down"], asked: str, message: Message) -> None:
+        """Count the tensors of a message about a call of kind ``asked``."""
+        of_gradients = way == "down" and asked == CallKind.BACKWARD
+        for name, tensor in message.tensors.items():
+            kind = {"hidden": "gradient" if of_gradients else "hidden", "grad": "gradient"}.get(name, "kwarg gradients" if of_gradients else "kwargs")
+            self.payload[f"{way} {kind}"] += tensor.nbytes
 
 
 def label_of(peer: str, info: ServerInfo, taken: Collection[str]) -> str:

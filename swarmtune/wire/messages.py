@@ -267,17 +267,19 @@ class ServerTimes:
     Attributes:
         queue_us: microseconds from its arrival to the start of the work.
         compute_us: microseconds of the work.
+        block_forwards: how many blocks it ran forward for it, a backward's recomputing included.
     """
 
     queue_us: int
     compute_us: int
+    block_forwards: int = 0
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ServerTimes | None:
         """Read them from the fields of a result; a server may leave them out."""
         if "queue_us" not in fields and "compute_us" not in fields:
             return None
-        return cls(integer(fields.get("queue_us"), "queue_us"), integer(fields.get("compute_us"), "compute_us"))
+        return cls(*(integer(fields.get(name, default), name) for name, default in (("queue_us", None), ("compute_us", None), ("block_forwards", 0))))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
