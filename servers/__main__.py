@@ -144,12 +144,13 @@ async def _work(
         SwarmError: the daemon ended, so nobody can reach this server any more.
     """
     from servers.announce import announce_forever
+    from servers.graphs import expire_forever
 
     await _start_node(config, parent, node)
     reachable = await _reach(node, config.initial_peers)
     await directory.start(node.p2p, reachable, client=False)
     node.rebuilt.append(lambda: directory.rebind(node.p2p))
-    await node.serve(handler)
+    await node.serve(handler, handler.gone)
     _say_ready(config, handler.info, node.addresses)
     if parent is not None:
         parent.tell(peer=node.peer_id, addresses=list(node.addresses))
@@ -157,6 +158,7 @@ async def _work(
     tasks = [
         asyncio.create_task(announce_forever(node, directory, config.initial_peers, lambda: handler.info, addresses_change=changing)),
         asyncio.create_task(report.forever(config.log_every_s)),
+        asyncio.create_task(expire_forever(handler.graphs)),
         asyncio.create_task(node.daemon_ended.wait()),
     ]
     try:
@@ -202,7 +204,8 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     import torch
 
     import swarmtune
-    from servers.memory import check_fits, estimate
+    from servers.graphs import Graphs
+    from servers.memory import GIB, activation_budget, check_fits, estimate
     from servers.numeric import numeric_class, numeric_facts
     from servers.span import Span
     from servers.weights import load_blocks
@@ -240,7 +243,9 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
         name=config.name,
         family=config.family,
     )
-    return Span(model_config, site, blocks, weights, dtype, device), info
+    room = activation_budget(device) if config.activation_gib is None else int(config.activation_gib * GIB)
+    logger.info("at most %.2f GiB of activations are kept for backwards", room / GIB)
+    return Span(model_config, site, blocks, weights, dtype, device, Graphs(room, config.activation_ttl_s)), info
 
 
 def pick_device(name: str) -> torch.device:

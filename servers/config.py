@@ -72,6 +72,10 @@ class ServeConfig:
     """Most tokens (rows times sequence length) of one call; the memory of activations grows with it."""
     max_sequence: int = 4096
     """Longest sequence of one call; the memory of attention can grow with its square."""
+    activation_gib: float | None = None
+    """GiB of activations kept from forwards for their backwards; a quarter of what is free after loading if not given; 0 keeps nothing."""
+    activation_ttl_s: float = 600.0
+    """Seconds after which activations that nobody came back for are freed."""
     parent_fd: int | None = None
     """Set by ``LocalSwarm``: a socket to the parent process, whose end ends this server."""
 
@@ -86,6 +90,10 @@ class ServeConfig:
         for key, label in (("name", self.name), ("family", self.family)):
             if len(label) > MAX_LABEL or not label.isprintable():
                 raise ValueError(f"{key} must be at most {MAX_LABEL} printable characters")
+        if self.activation_gib is not None and not 0 <= self.activation_gib < 1e6:
+            raise ValueError(f"activation_gib must be at least 0, got {self.activation_gib}")
+        if not 0 < self.activation_ttl_s < 1e6:
+            raise ValueError(f"activation_ttl_s must be above 0 and below a million, got {self.activation_ttl_s}")
         if not 0 < self.log_every_s < 1e6:
             raise ValueError(f"log_every_s must be above 0 and below a million, got {self.log_every_s}")
         if self.identity is not None and not self.identity.strip():

@@ -5,22 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from servers.executor import Busy, Executor, Expired
+from servers.graphs import GraphGone, Graphs
 from servers.span import PREFIX, Span
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.initial import InitialCall
-from swarmtune.wire.messages import CallKind, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
+from swarmtune.wire.kept import KeptCall
+from swarmtune.wire.messages import KEEPS_GRAPHS, CallKind, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 
 BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 0, 1, 2
 """Of one client, backwards go first: they end work that others wait for, and free memory. Jobs of one priority take about as long as each other."""
+
+CALLS: Mapping[CallKind, Callable[[Message], SpanCall | KeptCall | InitialCall]] = {
+    CallKind.FORWARD: SpanCall.from_message,
+    CallKind.BACKWARD: SpanCall.from_message,
+    CallKind.KEPT_BACKWARD: KeptCall.from_message,
+    CallKind.INITIAL: InitialCall.from_message,
+}
+"""What is done on the device, and how its message is checked."""
 
 
 def one_line(detail: str) -> str:
@@ -49,7 +59,16 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining)
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=(KEEPS_GRAPHS,))
+
+    @property
+    def graphs(self) -> Graphs:
+        """What forwards have left behind for their backwards."""
+        return self._span.graphs
+
+    def gone(self, peer: str) -> None:
+        """The last connection of ``peer`` has ended: what it left behind is freed."""
+        self.graphs.forget(peer)
 
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
@@ -63,6 +82,8 @@ class CallHandler:
             fault = Fault(FaultCode.NON_FINITE, error.detail, error.block)
         except UsageError as error:
             fault = Fault(FaultCode.BAD_REQUEST, one_line(str(error)))
+        except GraphGone as error:
+            return encode(Fault(FaultCode.NO_GRAPH, str(error)).to_message())
         except Busy as error:
             fault = Fault(FaultCode.BUSY, error.detail, retry_ms=math.ceil(error.retry_s * 1000))
         except Expired as error:
@@ -77,12 +98,12 @@ class CallHandler:
     async def _dispatch(self, peer: str, message: Message) -> Message:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
-        if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD, CallKind.INITIAL):
+        if message.kind not in CALLS:
             why = f"this server (swarmtune {self._info.version}) knows no call {message.kind[:40]!r}: update the older of the two sides"
             return Fault(FaultCode.UNSUPPORTED, why).to_message()
         if self.draining:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
-        call = InitialCall.from_message(message) if message.kind == CallKind.INITIAL else SpanCall.from_message(message)
+        call = CALLS[CallKind(message.kind)](message)
         if call.model != self._info.model or not self._info.span.covers(call.span):
             held = f"this server holds blocks {self._info.span} of model {self._info.model}"
             return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
@@ -90,11 +111,11 @@ class CallHandler:
             self._check_size(call)
         self.in_flight += 1
         try:
-            if isinstance(call, SpanCall):
-                return await self._execute(peer, call)
-            run = partial(self._span.initial, call)
-            values = await self._executor.submit(run, priority=INITIAL_PRIORITY, timeout_s=call.remaining_ms / 1000, client=peer)
-            return values.to_message()
+            if isinstance(call, InitialCall):
+                run = partial(self._span.initial, call)
+                values = await self._executor.submit(run, priority=INITIAL_PRIORITY, timeout_s=call.remaining_ms / 1000, client=peer)
+                return values.to_message()
+            return await self._execute(peer, call)
         finally:
             self.in_flight -= 1
 
@@ -108,22 +129,26 @@ class CallHandler:
                 + ": lower micro_batch_tokens or the sequence length, or raise the server's max_tokens and max_sequence"
             )
 
-    async def _execute(self, peer: str, call: SpanCall) -> Message:
-        backward = call.grad_BTH is not None
-        run = self._span.backward if backward else self._span.forward
-        priority = BACKWARD_PRIORITY if backward else FORWARD_PRIORITY
-        job = self._timed(run, call, time.perf_counter())
+    async def _execute(self, peer: str, call: SpanCall | KeptCall) -> Message:
+        if isinstance(call, KeptCall):
+            run, priority, shape = partial(self._span.kept_backward, call, peer), BACKWARD_PRIORITY, call.grad_BTH.shape
+        elif call.grad_BTH is not None:
+            run, priority, shape = partial(self._span.backward, call), BACKWARD_PRIORITY, call.grad_BTH.shape
+        else:
+            run, priority, shape = partial(self._span.forward, call, peer), FORWARD_PRIORITY, call.hidden_BTH.shape
+        tokens = shape[0] * shape[1]
+        job = self._timed(run, tokens * len(call.span), time.perf_counter())
         result = await self._executor.submit(job, priority=priority, timeout_s=call.remaining_ms / 1000, client=peer)
         self.calls += 1
-        self.tokens += call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1]
+        self.tokens += tokens
         return result.to_message()
 
-    def _timed(self, run: Callable[[SpanCall], SpanResult], call: SpanCall, arrived: float) -> Callable[[], SpanResult]:
+    def _timed(self, run: Callable[[], SpanResult], token_blocks: int, arrived: float) -> Callable[[], SpanResult]:
         def job() -> SpanResult:
             began, before = time.perf_counter(), self._span.block_forwards
-            result = run(call)
+            result = run()
             seconds = time.perf_counter() - began
-            rate = call.hidden_BTH.shape[0] * call.hidden_BTH.shape[1] * len(call.span) / max(seconds, 1e-6)
+            rate = token_blocks / max(seconds, 1e-6)
             self._rate_tok_s = rate if not self._rate_tok_s else 0.8 * self._rate_tok_s + 0.2 * rate
             return replace(result, times=ServerTimes(round((began - arrived) * 1e6), round(seconds * 1e6), self._span.block_forwards - before))
 

@@ -97,6 +97,12 @@ def check_fits(need: MemoryNeed, span: BlockSpan, device: torch.device, *, refus
         logger.warning("the largest call allowed may not fit into memory: lower max_tokens or max_sequence, or serve fewer blocks")
 
 
+def activation_budget(device: torch.device) -> int:
+    """Bytes of activations to keep for backwards, where nobody has said: a quarter of what is free once the weights are loaded."""
+    free = free_bytes(device)
+    return GIB if free is None else free // 4
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can be taken on ``device`` now; ``None`` where the system does not say."""
     if device.type == "cuda":

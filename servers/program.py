@@ -47,6 +47,7 @@ class Program:
         frozen: per block, the name within the block to the name in ``parent``, for each frozen parameter that is not quantised.
         dropouts: the adapter's dropout sites.
         own_bytes: of tensors that are not the server's weights.
+        storages: addresses of all that it holds, the server's weights included.
     """
 
     parent: nn.Module
@@ -56,6 +57,7 @@ class Program:
     frozen: Mapping[int, Mapping[str, str]]
     dropouts: Sequence[SeededDropout]
     own_bytes: int
+    storages: frozenset[int]
 
 
 class Programs:
@@ -127,7 +129,8 @@ class Programs:
         ]
         if lost:
             raise WireError(f"this server cannot compute {lost[0]} of the adapter: update the older of the two sides")
-        return Program(parent.eval(), layers, span.start, _places(coming, span, self._site), frozen, dropouts, self._own(parent, span))
+        storages = frozenset(tensor.untyped_storage().data_ptr() for _, tensor in named_tensors(parent) if not tensor.is_meta)
+        return Program(parent.eval(), layers, span.start, _places(coming, span, self._site), frozen, dropouts, self._own(parent, span), storages)
 
     def _check(self, adapter: AdapterSpec) -> None:
         """Refuse what can be refused without a model."""

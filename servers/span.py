@@ -7,7 +7,6 @@ all other programs, and the client's tensors take the place of its learnable one
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,13 +18,16 @@ from torch.func import functional_call
 from transformers import DynamicCache, PretrainedConfig
 
 from servers.dropout import DropoutPlan, active
+from servers.gradients import Graph, gradients
+from servers.graphs import GraphGone, Graphs, Tape
 from servers.program import Program, Programs
 from servers.weights import BlockWeights
 from swarmtune.errors import KwargError, NonFinite
 from swarmtune.skeleton import LayerSite, call_span, hidden_size, in_dtype
 from swarmtune.types import BlockSpan
 from swarmtune.wire.initial import InitialCall, InitialResult
-from swarmtune.wire.messages import CallKwarg, SpanCall, SpanResult
+from swarmtune.wire.kept import KeptCall
+from swarmtune.wire.messages import CallKwarg, SpanCall, SpanResult, fits_an_answer
 
 NOT_ARGUMENTS = frozenset(
     (
@@ -36,8 +38,8 @@ NOT_ARGUMENTS = frozenset(
 """Parameters of the library's forward that are no kwargs of a call: the input itself, caches, and what is to be returned."""
 ROW_ARGUMENTS = ("attention_mask", "position_ids")
 """Arguments of shape (batch, sequence)."""
-FLOAT16_PEAK = 8
-"""Power of two to which gradients are scaled before they enter a float16 span; its numbers reach to 2**15."""
+GRAPH_BYTES, GRAPH_TTL_S = 1 << 30, 600.0
+"""How much may be kept for backwards, and for how long, where nobody has said."""
 PREFIX = ("prefix.key", "prefix.value")
 MAX_CACHE_BYTES = 4 << 30
 """Keys and values of one call with prefixes, those of its own tokens included."""
@@ -68,39 +70,56 @@ class Span:
     """The blocks that one server holds. Not thread-safe: one device worker runs it.
 
     Attributes:
+        graphs: what forwards have left behind.
         block_forwards: blocks run forward so far, those that a backward runs again included.
     """
 
     def __init__(
-        self, config: PretrainedConfig, site: LayerSite, span: BlockSpan, weights: BlockWeights, dtype: torch.dtype, device: torch.device
+        self,
+        config: PretrainedConfig,
+        site: LayerSite,
+        span: BlockSpan,
+        weights: BlockWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        graphs: Graphs | None = None,
     ) -> None:
         self.config, self.site, self.span, self.weights = in_dtype(config, dtype), site, span, weights
         self.dtype, self.device = dtype, device
         self.programs = Programs(self.config, site, weights, dtype, device)
+        self.graphs = graphs or Graphs(GRAPH_BYTES, GRAPH_TTL_S)
         self.block_forwards = 0
 
-    def forward(self, call: SpanCall) -> SpanResult:
-        """Run the called blocks and keep no graph.
+    def forward(self, call: SpanCall, client: str = "") -> SpanResult:
+        """Run the called blocks; where the call asks to keep the graph and there is room, it stays behind under a handle of ``client``.
 
-        Where a backward will follow, each block is run with a graph, which ends with the block: torch picks other kernels with one than without (of
-        attention with a learned mask, of convolutions), and a local model would be run with one.
+        Where a backward will follow and no graph is kept, each block is run with a graph, which ends with the block: torch picks other kernels with
+        one than without (of attention with a learned mask, of convolutions), and a local model would be run with one.
 
         Raises:
             KwargError: the call does not fit these blocks.
             NonFinite: an output is not finite; says which block first.
         """
+        self.graphs.release(client, call.release)
         program = self._program(call)
         bound = self._bind(program, call)
-        with torch.set_grad_enabled(bool(bound.leaves)), _graph_per_block(program), _blamed_on(call):
-            output_BTH = self._run(program, bound, call, call.hidden_BTH.to(self.device, self.dtype)).detach()
-            if not _finite(output_BTH, bound.arguments.get("attention_mask")):
+        hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
+        trains = call.input_grad or bool(bound.leaves)
+        room = self.graphs.budget_bytes if call.keep and trains and fits_an_answer(call) else 0
+        tape = Tape(room, program.storages)
+        with torch.set_grad_enabled(trains), tape.recording() if not tape.full else _graph_per_block(program), _blamed_on(call):
+            output_BTH = self._run(program, bound, call, hidden_BTH)
+            if not _finite(output_BTH.detach(), bound.arguments.get("attention_mask")):
                 self._blame(program, bound, call)
-        return SpanResult(output_BTH.to("cpu", call.hidden_BTH.dtype))
+        handle = 0
+        if output_BTH.requires_grad and not tape.full:
+            for tensor in (output_BTH, hidden_BTH, *(leaf for _, _, leaf in bound.leaves)):
+                tape.count(tensor)
+            handle = self.graphs.keep(client, _graph(call, bound, hidden_BTH, output_BTH, tape.held_bytes))
+        return SpanResult(output_BTH.detach().to("cpu", call.hidden_BTH.dtype), handle=handle)
 
-    def backward(self, call: SpanCall) -> SpanResult:
+    def backward(self, call: SpanCall, client: str = "") -> SpanResult:
         """Run the called blocks again with a graph, and return the gradients that the call asks for.
-
-        This is where a kept graph (an activation handle) will save the second forward; without one, the inputs in the call are enough.
 
         Raises:
             KwargError: the call does not fit these blocks.
@@ -109,17 +128,22 @@ class Span:
         program = self._program(call)
         bound = self._bind(program, call)
         hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
-        wanted = [leaf for _, _, leaf in bound.leaves] + ([hidden_BTH] if call.input_grad else [])
-        if not wanted:
+        if not (bound.leaves or call.input_grad):
             return SpanResult(None)
-        grads: Sequence[Tensor | None] = (None,) * len(wanted)
         with torch.enable_grad(), _blamed_on(call):
             output_BTH = self._run(program, bound, call, hidden_BTH)
-            if output_BTH.requires_grad:
-                grads = _grads(output_BTH, wanted, call.grad_BTH.to(self.device))
-        filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
-        input_grad = filled.pop().to("cpu", call.grad_BTH.dtype) if call.input_grad else None
-        return SpanResult(input_grad, _by_kwarg(call, bound, filled))
+            return gradients(_graph(call, bound, hidden_BTH, output_BTH), call.grad_BTH, call.input_grad)
+
+    def kept_backward(self, call: KeptCall, client: str) -> SpanResult:
+        """Go back through the graph that a forward has left behind.
+
+        Raises:
+            GraphGone: it is not here any more, or is not what the call describes.
+        """
+        graph = self.graphs.take(client, call.handle)
+        if graph.output_BTH.shape != call.grad_BTH.shape or (call.input_grad and graph.input_BTH is None):
+            raise GraphGone(f"what is kept under handle {call.handle} does not fit the call: send the inputs")
+        return gradients(graph, call.grad_BTH, call.input_grad)
 
     def initial(self, call: InitialCall) -> InitialResult:
         """First values that depend on the weights of these blocks.
@@ -298,25 +322,9 @@ class Span:
         raise NonFinite(f"the output of block {block} is not finite, and its input is" if bad else "the output of the span is not finite", block)
 
 
-def _grads(output_BTH: Tensor, wanted: Sequence[Tensor], grad_BTH: Tensor) -> Sequence[Tensor | None]:
-    """Gradients of ``wanted``. Through a float16 span they travel scaled by a power of two, which is taken out again in float32.
-
-    Without it, gradients below 6e-8 would become zero on the way. The scale brings the largest value to about ``2**FLOAT16_PEAK``; where something
-    overflows, a smaller one is tried, and what overflows even unscaled is returned as it is.
-    """
-    if output_BTH.dtype is not torch.float16:
-        return torch.autograd.grad(output_BTH, wanted, grad_BTH.to(output_BTH.dtype), allow_unused=True)
-    grad_BTH = grad_BTH.float()
-    peak = float(grad_BTH.abs().amax())
-    exponent = FLOAT16_PEAK - math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
-    tries = [exponent, exponent - 8, exponent - 16]
-    for shift in tries:
-        scaled = torch.autograd.grad(
-            output_BTH, wanted, torch.ldexp(grad_BTH, torch.tensor(shift)).to(torch.float16), allow_unused=True, retain_graph=shift != tries[-1]
-        )
-        if all(grad is None or bool(torch.isfinite(grad).all()) for grad in scaled):
-            break
-    return [None if grad is None else torch.ldexp(grad.float(), torch.tensor(-shift)) for grad in scaled]
+def _graph(call: SpanCall, bound: Bound, hidden_BTH: Tensor, output_BTH: Tensor, held_bytes: int = 0) -> Graph:
+    kwargs = {index: (call.kwargs[index].blocks, call.kwargs[index].tensor.dtype) for index, _, _ in bound.leaves}
+    return Graph(output_BTH, hidden_BTH if call.input_grad else None, bound.leaves, kwargs, held_bytes)
 
 
 class _SpanCache(DynamicCache):
@@ -476,16 +484,3 @@ def _finite(hidden_BTH: Tensor, mask_BT: Tensor | None) -> bool:
     if mask_BT is not None:
         finite_BT = finite_BT | (mask_BT == 0)
     return bool(finite_BT.all())
-
-
-def _by_kwarg(call: SpanCall, bound: Bound, grads: list[Tensor]) -> dict[int, Tensor]:
-    """Stack the per-block gradients of each kwarg, ascending, in the type in which it came; an argument's counts as the first block's."""
-    grouped: dict[int, dict[int, Tensor]] = {}
-    for (index, block, _), grad in zip(bound.leaves, grads, strict=True):
-        grouped.setdefault(index, {})[block] = grad.to("cpu", call.kwargs[index].tensor.dtype)
-    stacked = {}
-    for index, parts in grouped.items():
-        blocks = call.kwargs[index].blocks
-        zero = torch.zeros_like(next(iter(parts.values())))
-        stacked[index] = torch.stack([parts.get(block, zero) for block in range(blocks.start, blocks.stop)])
-    return stacked

@@ -16,7 +16,8 @@
         │   ├── PeerBusy        it has no room now, and says when to ask again
         │   ├── PeerDraining    it is shutting down and takes no new work
         │   ├── PeerSlow        it took much longer than calls of its kind do, and another server can do the work
-        │   └── PeerCutOff      our own way to it broke, which is no fault of the peer
+        │   ├── PeerCutOff      our own way to it broke, which is no fault of the peer
+        │   └── GraphLost       it does not keep what a forward had left there for the backward
         └── ServerStartFailed   a bundled server ended before it was ready
 
 Each carries its data as attributes, pickles, and is chained to its cause.
@@ -133,6 +134,10 @@ class PeerSlow(PeerFault):
 
 class PeerCutOff(PeerFault):
     """This side's own way into the network broke during a call; it is being repaired, and the peer may be as well as before."""
+
+
+class GraphLost(PeerFault):
+    """The server does not keep the graph of the forward any more. It can still do the backward when it gets the inputs again."""
 
 
 class NotExact(SwarmError):

@@ -96,6 +96,9 @@ class InlineLoop:
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(coroutine)
 
+    def post(self, callback: Callable[[], object]) -> None:
+        callback()
+
     def close(self) -> list[str]:
         """End the loop; the names of tasks that nobody had ended."""
         left = [task for task in asyncio.all_tasks(self.loop) if not task.done()]

@@ -41,7 +41,9 @@ class Batch:
         """Whether any kwarg of these blocks needs a gradient."""
         return any(plan.requires_grad and plan.blocks.overlap(span) for plan in self.plans)
 
-    def call(self, span: BlockSpan, hidden_BTH: Tensor, model: str, grad_BTH: Tensor | None = None, input_grad: bool = False) -> SpanCall:
+    def call(
+        self, span: BlockSpan, hidden_BTH: Tensor, model: str, grad_BTH: Tensor | None = None, input_grad: bool = False, keep: bool = False
+    ) -> SpanCall:
         """The call that runs ``span``: kwargs are sliced to its blocks, here and on every retry."""
         kwargs = []
         for index in self._of(span):
@@ -49,7 +51,8 @@ class Batch:
             assert blocks is not None
             kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad))
         adapter = self.adapter if any(kwarg.name.startswith("peft.") for kwarg in kwargs) else None
-        return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=self.dropout if adapter is not None else None)
+        dropout = self.dropout if adapter is not None else None
+        return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=dropout, keep=keep)
 
     def collect(self, span: BlockSpan, result: SpanResult, found: dict[int, dict[int, Tensor]]) -> None:
         """File the gradients that a backward of ``span`` returned, by kwarg and block."""
@@ -65,11 +68,27 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptGraph:
+    """What a forward has left behind.
+
+    Attributes:
+        peer: the server.
+        handle: its name for it.
+        generation: of the connection; the graph does not outlive it.
+    """
+
+    peer: str
+    handle: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Leg:
-    """A part of a route that has run forward: its blocks, and the hidden states that entered them."""
+    """A part of a route that has run forward: its blocks, the hidden states that entered them, and the graph, where its server has kept it."""
 
     span: BlockSpan
     hidden_BTH: Tensor
+    kept: KeptGraph | None = None
 
 
 @dataclass(frozen=True, slots=True)

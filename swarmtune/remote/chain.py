@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swarmtune.errors import (
     BlocksUnserved,
+    GraphLost,
     KwargError,
     NonFinite,
     PeerBusy,
@@ -27,7 +28,7 @@ from swarmtune.errors import (
     SwarmError,
     WireError,
 )
-from swarmtune.remote.batch import Batch, Leg, MicroResult
+from swarmtune.remote.batch import Batch, KeptGraph, Leg, MicroResult
 from swarmtune.remote.deadlines import CallTimes, Patience
 from swarmtune.remote.events import EventKind, EventLog, SwarmStatus, Waiting
 from swarmtune.remote.ledger import Ledger, Page, Way
@@ -39,7 +40,8 @@ from swarmtune.types import BlockSpan
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Incoming
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import DETERMINISTIC, AdapterSpec, Fault, FaultCode, SpanCall, SpanResult
+from swarmtune.wire.kept import KeptCall
+from swarmtune.wire.messages import DETERMINISTIC, KEEPS_GRAPHS, MAX_RELEASED, AdapterSpec, Fault, FaultCode, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,6 +82,7 @@ class _Work:
 
     Attributes:
         replay: run forward again only for its boundaries, so nothing of it is counted.
+        input_grad: of a forward, whether its backward will ask for the gradient by the input; ``None`` where there will be none.
     """
 
     batch: Batch
@@ -87,6 +90,14 @@ class _Work:
     way: Way
     patience: Patience
     replay: bool = False
+    input_grad: bool | None = None
+
+    def forward_call(self, span: BlockSpan, hidden_BTH: Tensor, model: str) -> SpanCall:
+        """The forward of ``span``, which says what its backward will need."""
+        if self.input_grad is None:
+            return self.batch.call(span, hidden_BTH, model)
+        deeper = self.input_grad or (span.start > 0 and self.batch.trains(BlockSpan(0, span.start)))
+        return self.batch.call(span, hidden_BTH, model, input_grad=deeper, keep=deeper or self.batch.trains(span))
 
 
 class Chain:
@@ -98,6 +109,7 @@ class Chain:
         self.counters, self.events = ChainCounters(), EventLog()
         self._times = CallTimes()
         self._running: dict[int, Hop] = {}
+        self._released: dict[tuple[str, int], list[int]] = {}
         self._waits, self._told_at = 0, -math.inf
 
     @property
@@ -105,8 +117,13 @@ class Chain:
         """Blocks of the whole model."""
         return self._directory.num_blocks
 
-    async def forward(self, micro: Sequence[Batch], page: Page) -> list[tuple[list[Leg], Tensor]]:
+    async def forward(self, micro: Sequence[Batch], page: Page, input_grad: bool | None = None) -> list[tuple[list[Leg], Tensor]]:
         """All blocks, every micro-batch: the legs that ran, and the output.
+
+        Args:
+            micro: the micro-batches.
+            page: of the ledger.
+            input_grad: whether the backward will ask for the gradient by the input; ``None`` where there will be no backward.
 
         Raises:
             SwarmError: some blocks could not be run within the patience.
@@ -115,7 +132,7 @@ class Chain:
         """
         page.begin("forward")
         whole = BlockSpan(0, self._directory.num_blocks)
-        works = [_Work(batch, page, "forward", self._patience()) for batch in micro]
+        works = [_Work(batch, page, "forward", self._patience(), input_grad=input_grad) for batch in micro]
         found = await self._all(page, "forward", [self._forward_span(work, whole, work.batch.hidden_BTH) for work in works])
         page.end("forward")
         return found
@@ -223,12 +240,13 @@ class Chain:
         while position < span.stop:
             hop = (await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience))[0]
             try:
-                result = await self._call(hop, work.batch.call(hop.span, hidden_BTH, self._directory.model), work)
+                result = await self._call(hop, work.forward_call(hop.span, hidden_BTH, self._directory.model), work)
             except PeerFault as fault:
                 self._after(fault, work.patience)
                 continue
             assert result.hidden_BTH is not None
-            legs.append(Leg(hop.span, hidden_BTH))
+            kept = KeptGraph(hop.peer, result.handle, self._transport.generation(hop.peer)) if result.handle else None
+            legs.append(Leg(hop.span, hidden_BTH, kept))
             hidden_BTH, position, work = result.hidden_BTH, hop.span.stop, replace(work, patience=self._patience())
         return legs, hidden_BTH
 
@@ -245,15 +263,19 @@ class Chain:
         return MicroResult(grad, found)
 
     async def _backward_leg(self, work: _Work, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]) -> Tensor | None:
+        kept = leg.kept
         while True:
-            route = await self._route(leg.span, work.batch.tokens, work.patience)
+            holder = self._directory.holder(kept.peer, leg.span) if kept is not None and self._is_open(kept) else None
+            kept = kept if holder is not None else None
+            route = [holder] if holder is not None else await self._route(leg.span, work.batch.tokens, work.patience)
             if len(route) > 1:
                 return await self._backward_pieces(work, leg, route[-1].span, grad_BTH, input_grad, found)
             call = work.batch.call(leg.span, leg.hidden_BTH, self._directory.model, grad_BTH, input_grad)
             try:
-                result = await self._call(route[0], call, work)
+                result = await self._call(route[0], call, work, kept)
             except PeerFault as fault:
                 self._after(fault, work.patience)
+                kept = kept if isinstance(fault, PeerBusy) else None
                 continue
             work.batch.collect(leg.span, result, found)
             return result.hidden_BTH
@@ -262,7 +284,7 @@ class Chain:
         self, work: _Work, leg: Leg, last: BlockSpan, grad_BTH: Tensor, input_grad: bool, found: dict[int, dict[int, Tensor]]
     ) -> Tensor | None:
         """No single server holds the blocks of ``leg`` any more: run them forward again in the pieces that there are, then back through each."""
-        again = replace(work, way="forward", patience=self._patience(), replay=True)
+        again = replace(work, way="forward", patience=self._patience(), replay=True, input_grad=input_grad)
         legs, boundary_BTH = await self._forward_span(again, BlockSpan(leg.span.start, last.start), leg.hidden_BTH)
         grad: Tensor | None = grad_BTH
         for piece in reversed([*legs, Leg(last, boundary_BTH)]):
@@ -315,6 +337,8 @@ class Chain:
         if isinstance(fault, PeerBusy):
             self._directory.busy(fault.peer, fault.retry_s)
             over = patience.wait_for(fault.retry_s, fault)
+        elif isinstance(fault, GraphLost):
+            over = False  # the inputs go there next
         elif isinstance(fault, PeerDraining | PeerCutOff):
             if isinstance(fault, PeerDraining):
                 self._directory.draining(fault.peer)
@@ -328,11 +352,14 @@ class Chain:
                 self._directory.failed(fault.peer)
         if over:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
-        expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff)
+        expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff | GraphLost)
         logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
 
-    async def _call(self, hop: Hop, call: SpanCall, work: _Work) -> SpanResult:
-        """One forward or backward on one server.
+    def _is_open(self, kept: KeptGraph) -> bool:
+        return self._transport.generation(kept.peer) == kept.generation
+
+    async def _call(self, hop: Hop, call: SpanCall, work: _Work, kept: KeptGraph | None = None) -> SpanResult:
+        """One forward or backward on one server; a backward through the graph that it keeps, where it does.
 
         Raises:
             PeerFault: it failed in a way that another server may not.
@@ -345,7 +372,7 @@ class Chain:
         number = work.page.ask(work.batch.index, work.way, hop.span, hop.peer, within_s, work.replay)
         try:
             self._check_same(hop)
-            message = replace(call, remaining_ms=self._remaining_ms()).to_message()
+            message = self._message(hop, call, kept)
             reply, answer = await self._exchange(hop, message, call.answer_bytes, limit_s)
             self._check_same(hop)
             result = _result(reply, call, hop)
@@ -364,6 +391,24 @@ class Chain:
         self._directory.succeeded(hop, seconds, tokens)
         return result
 
+    def _message(self, hop: Hop, call: SpanCall, kept: KeptGraph | None) -> Message:
+        remaining_ms = self._remaining_ms()
+        if kept is not None:
+            assert call.grad_BTH is not None, "only a backward uses a kept graph"
+            return KeptCall(call.span, call.model, kept.handle, call.grad_BTH, call.input_grad, remaining_ms).to_message()
+        if call.keep and self._directory.has(hop.peer, KEEPS_GRAPHS):
+            released = self._released.pop((hop.peer, self._transport.generation(hop.peer)), [])
+            return replace(call, remaining_ms=remaining_ms, release=tuple(released[-MAX_RELEASED:])).to_message()
+        return replace(call, remaining_ms=remaining_ms, keep=False).to_message()
+
+    def release(self, kept: Iterable[KeptGraph]) -> None:
+        """Graphs that nobody will go back through: their servers are told with the next forward; what they are not told, they forget in time."""
+        for graph in kept:
+            if self._is_open(graph):
+                self._released.setdefault((graph.peer, graph.generation), []).append(graph.handle)
+        for peer, generation in [key for key in self._released if self._transport.generation(key[0]) != key[1]]:
+            del self._released[peer, generation]
+
     def _check_same(self, hop: Hop) -> None:
         """A connection that was opened since its server described itself may lead to another process, with other weights.
 
@@ -375,7 +420,13 @@ class Chain:
             raise PeerCutOff(hop.peer, hop.span, "the connection to it is a new one, so it has to describe itself again")
 
     def _count(self, fault: PeerFault, hop: Hop, lost_s: float) -> None:
-        kinds = {PeerBusy: EventKind.BUSY, PeerDraining: EventKind.DRAINED, PeerSlow: EventKind.SLOW, PeerCutOff: EventKind.CUT_OFF}
+        kinds: dict[type, EventKind] = {
+            PeerBusy: EventKind.BUSY,
+            PeerDraining: EventKind.DRAINED,
+            PeerSlow: EventKind.SLOW,
+            PeerCutOff: EventKind.CUT_OFF,
+            GraphLost: EventKind.RECOMPUTED,
+        }
         kind = kinds.get(type(fault), EventKind.FAILED)
         server = "" if kind is EventKind.CUT_OFF else self._label(hop.peer)
         if server:
@@ -497,6 +548,8 @@ def _as_error(hop: Hop, fault: Fault) -> PeerFault | NonFinite | KwargError:
     if fault.code in DETERMINISTIC:
         return KwargError(f"peer {hop.peer} refused blocks {hop.span}: {fault.detail}")
     detail = f"{fault.code}: {fault.detail}"
+    if fault.code is FaultCode.NO_GRAPH:
+        return GraphLost(hop.peer, hop.span, fault.detail)
     if fault.code is FaultCode.BUSY:
         return PeerBusy(hop.peer, hop.span, detail, RETRY_BUSY_S if fault.retry_ms is None else fault.retry_ms / 1000)
     return PeerDraining(hop.peer, hop.span, detail) if fault.code is FaultCode.DRAINING else PeerFault(hop.peer, hop.span, detail)

@@ -23,6 +23,7 @@ class EventKind(StrEnum):
     WAITED = "waited"
     MOVED = "moved"
     CUT_OFF = "cut_off"
+    RECOMPUTED = "recomputed"
     DAEMON = "daemon"
 
 

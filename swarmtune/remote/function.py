@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swarmtune.remote.batch import Batch, KwargPlan, Leg, MicroResult, micro_batches
+from swarmtune.remote.batch import Batch, KeptGraph, KwargPlan, Leg, MicroResult, micro_batches
 from swarmtune.remote.chain import Chain
 from swarmtune.remote.guard import GradientGuard
 from swarmtune.remote.ledger import Page
@@ -59,6 +61,30 @@ class BodyCall:
             self.chain.counters.wait_s += time.monotonic() - began
 
 
+class Legs:
+    """Where the micro-batches of one forward ran, and what was left behind there for the backward; whatever is not used is released."""
+
+    def __init__(self, call: BodyCall, ran: Sequence[Sequence[tuple[BlockSpan, KeptGraph | None]]]) -> None:
+        self._spans = [[span for span, _ in own] for own in ran]
+        self._kept = [[kept for _, kept in own] for own in ran]
+        graphs = [kept for own in self._kept for kept in own if kept is not None]
+        self._unused = weakref.finalize(self, call.loop.post, partial(call.chain.release, graphs))
+        self._unused.atexit = False
+
+    def with_inputs(self, micro: Sequence[Batch], entered: Sequence[Tensor]) -> list[list[Leg]]:
+        """Put the saved inputs back beside their spans. A graph can be gone through once, so a second backward gets none."""
+        remaining = iter(entered)
+        kept, self._kept = self._kept, [[None] * len(own) for own in self._spans]
+        self._unused.detach()
+        return [
+            [
+                Leg(span, batch.hidden_BTH if position == 0 else next(remaining), graph)
+                for position, (span, graph) in enumerate(zip(spans, graphs, strict=True))
+            ]
+            for spans, graphs, batch in zip(self._spans, kept, micro, strict=True)
+        ]
+
+
 class RemoteSequential(torch.autograd.Function):
     """All blocks of the body, on servers; differentiable by the hidden states and by every kwarg that asks for it."""
 
@@ -67,10 +93,10 @@ class RemoteSequential(torch.autograd.Function):
         """Run the chain; keep what entered each leg."""
         micro = call.cut(hidden_BTH, tensors)
         page = call.open_page(micro)
-        results = call.wait(call.chain.forward(micro, page))
+        results = call.wait(call.chain.forward(micro, page, ctx.needs_input_grad[1] if any(ctx.needs_input_grad) else None))
         if any(ctx.needs_input_grad):
             ctx.call, ctx.page = call, page
-            ctx.spans = [[leg.span for leg in legs] for legs, _ in results]
+            ctx.legs = Legs(call, [[(leg.span, leg.kept) for leg in legs] for legs, _ in results])
             # The first leg's input is a slice of hidden_BTH, so only what came back from servers is kept beside it.
             ctx.save_for_backward(hidden_BTH, *tensors, *(leg.hidden_BTH for legs, _ in results for leg in legs[1:]))
         output_BTH = torch.cat([output for _, output in results]) if len(results) > 1 else results[0][1]
@@ -84,7 +110,7 @@ class RemoteSequential(torch.autograd.Function):
         hidden_BTH, *rest = ctx.saved_tensors
         tensors, entered = rest[: len(call.plans)], rest[len(call.plans) :]
         micro = call.cut(hidden_BTH, tensors)
-        legs = _legs(ctx.spans, micro, entered)
+        legs = ctx.legs.with_inputs(micro, entered)
         (grad_BTH,) = grads
         # Between float16 spans gradients travel as float32, whose small numbers do not vanish.
         travelling = torch.float32 if hidden_BTH.dtype is torch.float16 else hidden_BTH.dtype
@@ -102,15 +128,6 @@ class RemoteSequential(torch.autograd.Function):
             _kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)
         ]
         return (None, input_grad, *by_kwarg)
-
-
-def _legs(spans: Sequence[Sequence[BlockSpan]], micro: Sequence[Batch], entered: Sequence[Tensor]) -> list[list[Leg]]:
-    """Put the saved inputs back beside their spans."""
-    remaining = iter(entered)
-    return [
-        [Leg(span, batch.hidden_BTH if position == 0 else next(remaining)) for position, span in enumerate(own)]
-        for own, batch in zip(spans, micro, strict=True)
-    ]
 
 
 def _kwarg_grad(index: int, plan: KwargPlan, results: Sequence[MicroResult]) -> Tensor:

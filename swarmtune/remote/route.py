@@ -213,6 +213,16 @@ class Directory:
                 return hops
         return None
 
+    def holder(self, name: str, span: BlockSpan) -> Hop | None:
+        """One server as the route of ``span``, if it may be asked for it now."""
+        peer = self.known.get(name)
+        return Hop(name, span, peer.info.numeric_class) if peer is not None and peer.usable() and peer.info.span.covers(span) else None
+
+    def has(self, name: str, feature: str) -> bool:
+        """Whether a server has said that it can do something that others cannot."""
+        peer = self.known.get(name)
+        return peer is not None and feature in peer.info.features
+
     def succeeded(self, hop: Hop, seconds: float, tokens: int) -> None:
         """Remember how long a call took; the peer is trusted again."""
         peer = self.known.get(hop.peer)

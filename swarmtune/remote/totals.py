@@ -75,7 +75,7 @@ class ChainCounters:
 
     def carried(self, way: Literal["up", "down"], asked: str, message: Message) -> None:
         """Count the tensors of a message about a call of kind ``asked``."""
-        of_gradients = way == "down" and asked == CallKind.BACKWARD
+        of_gradients = way == "down" and asked in (CallKind.BACKWARD, CallKind.KEPT_BACKWARD)
         for name, tensor in message.tensors.items():
             kind = {"hidden": "gradient" if of_gradients else "hidden", "grad": "gradient"}.get(name, "kwarg gradients" if of_gradients else "kwargs")
             self.payload[f"{way} {kind}"] += tensor.nbytes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -76,8 +76,9 @@ class Connection:
         limits: WireLimits | None = None,
         budget: Budget | Share | None = None,
         traffic: Traffic | None = None,
+        on_closed: Callable[[], None] | None = None,
     ) -> None:
-        self.peer = peer
+        self.peer, self._on_closed = peer, on_closed
         self._reader, self._writer, self._handler = reader, writer, handler
         self._limits = limits or WireLimits()
         self._budget = budget or Budget(self._limits.open_bytes)
@@ -220,6 +221,8 @@ class Connection:
         # To close waits until the peer has taken what is buffered, which a silent one never does.
         asyncio.get_running_loop().call_later(FLUSH_S, self._writer.transport.abort)
         self.closed.set()
+        if self._on_closed is not None:
+            self._on_closed()
 
     async def _read_frame(self) -> tuple[Prefix, bytes]:
         prefix = Prefix.unpack(await self._reader.readexactly(PREFIX.size))

@@ -101,6 +101,7 @@ class HivemindNode:
         self._listen: tuple[str, ...] = ()
         self._reach = Reach()
         self._handler: Handler | None = None
+        self._gone: Callable[[str], None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._redials: dict[str, asyncio.Task[None]] = {}
@@ -249,7 +250,7 @@ class HivemindNode:
                 await self._start_daemon()
                 if self._handler is not None:
                     async with asyncio.timeout(DAEMON_TIMEOUT_S):
-                        await self.serve(self._handler)
+                        await self.serve(self._handler, self._gone)
                 break
             except (TimeoutError, ServerStartFailed, *_FOREIGN) as error:
                 self._failure = str(error) or "it does not answer"
@@ -327,9 +328,9 @@ class HivemindNode:
         except (TimeoutError, TransportError, *_FOREIGN):
             return None
 
-    async def serve(self, handler: Handler) -> None:
-        """Answer calls from other peers with ``handler``."""
-        self._handler = handler
+    async def serve(self, handler: Handler, gone: Callable[[str], None] | None = None) -> None:
+        """Answer calls from other peers with ``handler``; ``gone`` hears of each peer whose last connection has ended."""
+        self._handler, self._gone = handler, gone
 
         async def on_stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if len(self._served) >= MAX_CONNECTIONS:  # the longest idle one makes room, so that idle strangers cannot shut others out
@@ -349,6 +350,8 @@ class HivemindNode:
                 logger.info("%s", error)
             finally:
                 self._served.discard(connection)
+                if gone is not None and all(other.peer != peer for other in self._served):
+                    gone(peer)
 
         await self.p2p.add_binary_stream_handler(STREAM_NAME, on_stream)
 

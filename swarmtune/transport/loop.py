@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
@@ -45,6 +46,11 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def post(self, callback: Callable[[], object]) -> None:
+        """Have the loop call ``callback`` some time, from any thread; a loop that has been closed does not."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
         """Cancel what still runs, stop the loop, join the thread. Safe to repeat."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from swarmtune.transport.base import Handler, Traffic, TransportError
 from swarmtune.transport.connection import Connection
@@ -55,7 +56,8 @@ class LoopbackTransport:
                 raise TransportError(f"peer {peer} is not there")
             ours, theirs = await self._streams(peer)
             client = Connection(*ours, peer=peer, limits=self._limits, traffic=self.traffic)
-            server = Connection(*theirs, peer="client", handler=handler, limits=self._limits)
+            gone: Callable[[str], None] | None = getattr(handler, "gone", None)
+            server = Connection(*theirs, peer="client", handler=handler, limits=self._limits, on_closed=gone and partial(gone, "client"))
             self._pairs[peer] = (client, server)
             self._opened[peer] = self._opened.get(peer, 0) + 1
             opened = await asyncio.gather(client.open(), server.open(), return_exceptions=True)

@@ -26,6 +26,7 @@ class CallKind(StrEnum):
     INFO = "info"
     FORWARD = "forward"
     BACKWARD = "backward"
+    KEPT_BACKWARD = "kept_backward"
     INITIAL = "initial"
 
 
@@ -39,6 +40,7 @@ class FaultCode(StrEnum):
     BUSY = "busy"
     DRAINING = "draining"
     EXPIRED = "expired"
+    NO_GRAPH = "no_graph"
     INTERNAL = "internal"
 
 
@@ -125,7 +127,11 @@ class CallKwarg:
         return cls(name, tensor, checked, block_span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
 
 
-_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout"})
+_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout", "keep", "release"})
+KEEPS_GRAPHS = "keeps_graphs"
+"""Feature of a server: it takes ``keep`` and ``release`` in a forward, and the call kind ``kept_backward``."""
+MAX_RELEASED = 1024
+MAX_HANDLE = (1 << 53) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +166,12 @@ def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) ->
     return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
 
 
+def fits_an_answer(call: SpanCall) -> bool:
+    """Whether the answer to the backward of this forward is not too large, its gradient in float32."""
+    hidden = answer_bytes(call.hidden_BTH, call.kwargs, True) + call.hidden_BTH.nbytes
+    return hidden <= WireLimits().message_bytes
+
+
 def _check_answer_size(hidden: Tensor, kwargs: tuple[CallKwarg, ...], backward: bool) -> None:
     """A gradient per block can make an answer many times as large as its call: refuse before computing what could not be sent."""
     size, limit = answer_bytes(hidden, kwargs, backward), WireLimits().message_bytes
@@ -177,9 +189,11 @@ class SpanCall:
         model: digest of the model's configuration; a server of another model refuses.
         hidden_BTH: input of the first block of ``span``.
         grad_BTH: gradient of the loss by the output of the last block; ``None`` for a forward.
-        input_grad: whether a backward returns the gradient by ``hidden_BTH``.
+        input_grad: whether a backward returns the gradient by ``hidden_BTH``; in a forward, whether one will ask for it.
         remaining_ms: how long the caller will still wait.
         dropout: the adapter trains with dropout, by this seed.
+        keep: a forward may leave its graph behind under a handle, because a backward will follow.
+        release: handles that the caller does not need any more.
     """
 
     span: BlockSpan
@@ -191,6 +205,8 @@ class SpanCall:
     input_grad: bool = False
     remaining_ms: int = 300_000
     dropout: DropoutSeed | None = None
+    keep: bool = False
+    release: tuple[int, ...] = ()
 
     @property
     def answer_bytes(self) -> int:
@@ -212,7 +228,13 @@ class SpanCall:
         tensors = {"hidden": self.hidden_BTH}
         kind = CallKind.FORWARD
         if self.grad_BTH is not None:
-            kind, tensors["grad"], fields["input_grad"] = CallKind.BACKWARD, self.grad_BTH, self.input_grad
+            kind, tensors["grad"] = CallKind.BACKWARD, self.grad_BTH
+        if self.grad_BTH is not None or self.input_grad:
+            fields["input_grad"] = self.input_grad
+        if self.keep:
+            fields["keep"] = True
+        if self.release:
+            fields["release"] = list(self.release)
         tensors.update((f"k{index}", kwarg.tensor) for index, kwarg in enumerate(self.kwargs))
         return Message(kind, fields, tensors)
 
@@ -242,9 +264,14 @@ class SpanCall:
             for axis, length in zip(AXES, hidden.shape[:2], strict=True):
                 if axis in kwarg.axes and kwarg.tensor.shape[kwarg.axes[axis]] != length:
                     raise WireError(f"kwarg {kwarg.name!r}: its {axis} axis does not have the length of the hidden states'")
-        input_grad = fields.get("input_grad", False)
-        if not isinstance(input_grad, bool):
-            raise WireError("input_grad must be true or false")
+        input_grad, keep = fields.get("input_grad", False), fields.get("keep", False)
+        if not isinstance(input_grad, bool) or not isinstance(keep, bool):
+            raise WireError("input_grad and keep must be true or false")
+        released = fields.get("release", [])
+        if not isinstance(released, list) or len(released) > MAX_RELEASED:
+            raise WireError(f"release must be a list of at most {MAX_RELEASED} handles")
+        if (keep or released) and grad is not None:
+            raise WireError("only a forward leaves a graph behind or releases others")
         adapter, dropout = fields.get("adapter"), fields.get("dropout")
         _check_answer_size(hidden if grad is None else grad, kwargs, grad is not None)
         return cls(
@@ -257,6 +284,8 @@ class SpanCall:
             input_grad=input_grad,
             remaining_ms=integer(fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32),
             dropout=None if dropout is None else DropoutSeed.from_json(dropout),
+            keep=keep,
+            release=tuple(integer(handle, "a handle", 1, MAX_HANDLE) for handle in released),
         )
 
 
@@ -291,17 +320,20 @@ class SpanResult:
         kwarg_grads: by index of the call's kwarg: shape ``(blocks of that kwarg, *its shape)``, one gradient per block in ascending
             order, so that the client's sum over blocks does not depend on where a route is cut.
         times: how long the server says that it took, where it says so.
+        handle: under which a forward's graph is kept; 0 where none is.
     """
 
     hidden_BTH: Tensor | None
     kwarg_grads: Mapping[int, Tensor] = field(default_factory=dict)
     times: ServerTimes | None = None
+    handle: int = 0
 
     def to_message(self) -> Message:
         """As it travels."""
         tensors = {} if self.hidden_BTH is None else {"hidden": self.hidden_BTH}
         tensors.update((f"k{index}", grad) for index, grad in self.kwarg_grads.items())
-        return Message("result", {} if self.times is None else asdict(self.times), tensors)
+        fields = {} if self.times is None else asdict(self.times)
+        return Message("result", {**fields, "handle": self.handle} if self.handle else fields, tensors)
 
     @classmethod
     def from_message(cls, message: Message, call: SpanCall) -> SpanResult:
@@ -329,7 +361,8 @@ class SpanResult:
             grads[index] = grad
         if tensors:
             raise WireError(f"a reply holds tensors that nobody asked for: {', '.join(sorted(tensors))[:200]}")
-        return cls(hidden, grads, ServerTimes.from_json(message.fields))
+        handle = integer(message.fields.get("handle", 0), "a handle", 0, MAX_HANDLE)
+        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +421,7 @@ class ServerInfo:
         rate_tok_s: tokens times blocks that it computed per second lately; 0 where unknown.
         family: whose server it is; the same on all servers of one owner.
         draining: it finishes what is in flight and takes no new work.
+        features: what it takes in calls that older servers refuse.
     """
 
     model: str
@@ -402,6 +436,7 @@ class ServerInfo:
     rate_tok_s: int = 0
     family: str = ""
     draining: bool = False
+    features: tuple[str, ...] = ()
 
     @property
     def quantisation(self) -> str:
@@ -417,6 +452,7 @@ class ServerInfo:
         """Plain fields."""
         fields = asdict(self)
         fields["span"], fields["block_digests"] = [self.span.start, self.span.stop], list(self.block_digests)
+        fields["features"] = list(self.features)
         return fields
 
     def to_message(self) -> Message:
@@ -435,7 +471,9 @@ class ServerInfo:
         draining = fields.get("draining", False)
         if not isinstance(draining, bool):
             raise WireError("draining must be true or false")
-        digests, numeric = fields.get("block_digests"), fields.get("numeric")
+        digests, numeric, features = fields.get("block_digests"), fields.get("numeric"), fields.get("features", [])
+        if not isinstance(features, list) or len(features) > 64:
+            raise WireError("a server's features must be a short list")
         if not isinstance(digests, list) or len(digests) != len(span) or span.stop > num_blocks:
             raise WireError("a server's span, its digests and the number of blocks do not fit together")
         if not isinstance(numeric, dict) or len(numeric) > 32:
@@ -453,4 +491,5 @@ class ServerInfo:
             rate_tok_s=integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
             family=text(fields.get("family", ""), "family", 128),
             draining=draining,
+            features=tuple(text(feature, "a feature", 64) for feature in features),
         )

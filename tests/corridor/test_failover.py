@@ -34,7 +34,7 @@ def quiet(bloom: Path) -> dict[str, torch.Tensor]:
 def test_gradients_are_bitwise_quiet_after_the_server_of_any_call_dies(bloom: Path, quiet: dict[str, torch.Tensor], call: int, phase: str) -> None:
     faults = Faults(**{phase: {call}})
     grads, retries = run_step(bloom, REPLICAS, faults)
-    assert [kind for kind, _ in faults.log].count("backward") >= 2
+    assert [kind.endswith("backward") for kind, _ in faults.log].count(True) >= 2
     assert retries == 1
     assert same_bits(quiet, grads)
 
@@ -47,7 +47,7 @@ def test_gradients_are_bitwise_quiet_after_two_deaths(bloom: Path, quiet: dict[s
     assert same_bits(quiet, grads)
 
 
-@pytest.mark.parametrize(("spans", "call"), [(["0:2", "2:4", "0:4"], 2), (["0:4", "0:1", "1:3", "3:4"], 1), (["0:4", "0:3", "2:4"], 1)])
+@pytest.mark.parametrize(("spans", "call"), [(["0:2", "2:4", "0:4"], 1), (["0:4", "0:1", "1:3", "3:4"], 1), (["0:4", "0:3", "2:4"], 1)])
 def test_backward_moves_to_servers_that_cut_the_blocks_elsewhere(bloom: Path, quiet: dict[str, torch.Tensor], spans: list[str], call: int) -> None:
     faults = Faults(before={call})
     grads, retries = run_step(bloom, spans, faults)
@@ -145,7 +145,7 @@ def test_a_server_with_other_weights_that_joins_later_is_never_used(bloom: Path,
 def test_servers_that_describe_themselves_and_fail_every_call_end_in_an_error(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(route, "FIRST_BAN_S", 0.0)
 
-    def fail(call: object) -> None:
+    def fail(call: object, client: str) -> None:
         raise RuntimeError("the device is gone")
 
     handlers = {name: make_handler(bloom, "0:4") for name in ("a", "b")}

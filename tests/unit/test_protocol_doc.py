@@ -35,7 +35,7 @@ from swarmtune.skeleton import VOLATILE_KEYS
 from swarmtune.transport import connection, hivemind
 from swarmtune.transport.connection import Connection
 from swarmtune.types import AXES, BlockSpan
-from swarmtune.wire import codec, frames, initial, messages, tensors
+from swarmtune.wire import codec, frames, initial, kept, messages, tensors
 from swarmtune.wire.codec import decode, encode
 from swarmtune.wire.frames import PREFIX, TRAILER, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json
 from swarmtune.wire.initial import InitialResult
@@ -47,7 +47,7 @@ MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (frames, tensors, codec, messages, initial, tuners, connection, hivemind, records, announce, executor, program, span, route)
 }
-COMPLETE = (frames, tensors, codec, messages, initial, records, program)
+COMPLETE = (frames, tensors, codec, messages, initial, kept, records, program)
 """Every number that one of these modules names stands in the document."""
 
 MODEL = "0123456789abcdef"
@@ -324,7 +324,8 @@ def test_a_number_that_the_text_names_stands_in_the_table() -> None:
 
 
 def test_the_fault_codes_and_what_a_client_does_are_those_of_the_code() -> None:
-    expected = [(str(code), "raise" if code in messages.DETERMINISTIC else "another server") for code in FaultCode]
+    others = {FaultCode.NO_GRAPH: "the inputs again", **dict.fromkeys(messages.DETERMINISTIC, "raise")}
+    expected = [(str(code), others.get(code, "another server")) for code in FaultCode]
     assert [(row[0], row[2]) for row in tables("Faults")[0]] == expected
 
 
@@ -342,6 +343,12 @@ def test_the_fields_of_a_call_are_those_of_the_code() -> None:
     assert column("Kwargs", table=0) == ["name", "axes", "blocks", "requires_grad"]
     assert len(CALL.kwargs[0].to_json()) == len(column("Kwargs", table=0))
     assert ", ".join(f"`{axis}`" for axis in AXES) in section("Kwargs")
+
+
+def test_the_fields_of_a_backward_through_a_kept_graph_are_those_of_the_code() -> None:
+    assert set(column("kept_backward")) == kept._FIELDS
+    assert f"`{messages.KEEPS_GRAPHS}` is `keep` and `release`" in flat("info")
+    assert "`handle`" in flat("kept_backward")
 
 
 def test_the_description_of_a_server_has_the_fields_of_the_code() -> None:

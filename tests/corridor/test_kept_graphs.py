@@ -1,0 +1,261 @@
+"""Graphs that forwards leave behind: the forward runs once, the backward sends only a gradient; a lost graph costs time and changes no bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import swarmtune
+from servers.graphs import Tape
+from servers.handler import CallHandler
+from swarmtune.remote.events import EventKind
+from swarmtune.swarm import Swarm
+from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable
+
+BLOCKS = 4
+
+
+def handlers(swarm: Swarm) -> list[CallHandler]:
+    return list(swarm._transport.handlers.values())  # type: ignore[attr-defined]
+
+
+def kept(swarm: Swarm) -> int:
+    return sum(len(handler.graphs) for handler in handlers(swarm))
+
+
+def limit(swarm: Swarm, budget_bytes: int) -> None:
+    for handler in handlers(swarm):
+        handler.graphs.budget_bytes = budget_bytes
+
+
+def recomputed(swarm: Swarm) -> int:
+    return swarm.traffic().events[EventKind.RECOMPUTED].count
+
+
+def forwards(swarm: Swarm) -> int:
+    return sum(server.block_forwards for server in swarm.traffic().servers)
+
+
+def prepared(path: Path, swarm: Swarm, config: Any = None) -> torch.nn.Module:
+    model = remote(path, swarm, config or lora("bloom"))
+    set_values([dict(model.adapter.named_parameters())])
+    return model
+
+
+@pytest.fixture(scope="module")
+def quiet(bloom: Path) -> dict[str, Tensor]:
+    local = local_peft(bloom, lora("bloom"))
+    set_values([trainable(local)])
+    return step(local, batch())[2]
+
+
+@pytest.mark.parametrize("rows", [4, 2], ids=["one micro-batch", "two"])
+def test_each_block_runs_forward_once_and_the_backward_sends_only_a_gradient(bloom: Path, rows: int) -> None:
+    with loopback(bloom, micro_batch_tokens=10 * rows) as swarm:
+        model = prepared(bloom, swarm)
+        step(model, batch())
+        traffic = swarm.traffic()
+        assert forwards(swarm) == BLOCKS * 4 // rows
+        assert kept(swarm) == 0
+    hidden_bytes = 4 * 10 * 48 * 4
+    adapter_bytes = sum(parameter.nbytes for parameter in model.adapter.parameters())
+    assert traffic.payload["up hidden"] == traffic.payload["down hidden"] == traffic.payload["up gradient"] == 2 * hidden_bytes
+    assert traffic.payload["down gradient"] == hidden_bytes, "below block 0 nothing learns"
+    assert traffic.payload["up kwargs"] == adapter_bytes * 4 // rows, "the backward does not carry them again"
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+@pytest.mark.parametrize("budget_bytes", [0, 100_000, 300_000, 1 << 30])
+def test_gradients_do_not_depend_on_what_is_kept(models: dict[str, Path], family: str, budget_bytes: int) -> None:
+    local = local_peft(models[family], lora(family))
+    set_values([trainable(local)])
+    expected = step(local, batch(padding="left"))
+    with loopback(models[family]) as swarm:
+        limit(swarm, budget_bytes)
+        found = step(prepared(models[family], swarm, lora(family)), batch(padding="left"))
+        assert forwards(swarm) == BLOCKS * (1 if budget_bytes == 1 << 30 else 2) or budget_bytes == 300_000
+        assert all(handler.graphs.held_bytes <= budget_bytes for handler in handlers(swarm))
+        assert recomputed(swarm) == 0, "what was not kept is not asked for"
+    assert torch.equal(expected[0], found[0])
+    assert same_bits(expected[2], found[2])
+
+
+def test_graphs_that_are_lost_are_computed_again_and_said(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom) as swarm:
+        model = prepared(bloom, swarm)
+        loss = model(**batch()).loss
+        assert kept(swarm) == 2
+        handlers(swarm)[1].gone("client")
+        loss.backward()
+        assert recomputed(swarm) == 1
+        assert forwards(swarm) == BLOCKS + 2
+        assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
+
+
+def test_a_full_budget_evicts_and_never_fails(bloom: Path) -> None:
+    with loopback(bloom, micro_batch_tokens=10) as swarm:
+        model = prepared(bloom, swarm)
+        step(model, batch())
+        quiet = step(model, batch())[2]
+        loss = model(**batch()).loss
+        sizes = [handler.graphs.held_bytes for handler in handlers(swarm)]
+        loss.backward()
+        for handler, size in zip(handlers(swarm), sizes, strict=True):
+            handler.graphs.budget_bytes = size // 2  # of four micro-batches, two fit
+        before = forwards(swarm)
+        assert same_bits(quiet, step(model, batch())[2])
+        assert [handler.graphs.evicted for handler in handlers(swarm)] == [2, 2]
+        assert recomputed(swarm) == 4
+        assert forwards(swarm) - before == BLOCKS * 4 + 2 * 4
+
+
+def test_graphs_of_a_client_that_goes_are_freed(bloom: Path) -> None:
+    with loopback(bloom) as swarm:
+        loss = prepared(bloom, swarm)(**batch()).loss
+        assert kept(swarm) == 2
+        freed = handlers(swarm)
+        swarm.loop.run(swarm._transport.close())  # type: ignore[attr-defined]
+        assert [len(handler.graphs) for handler in freed] == [0, 0]
+        assert loss.requires_grad
+
+
+def test_a_graph_that_nobody_comes_back_for_is_released_with_the_next_forward(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom) as swarm:
+        model = prepared(bloom, swarm)
+        for _ in range(3):
+            model(**batch())  # its loss is dropped
+            gc.collect()
+        assert kept(swarm) == 2
+        assert same_bits(quiet, step(model, batch())[2])
+        assert kept(swarm) == 0
+
+
+def test_a_graph_that_is_too_old_is_freed_and_the_backward_goes_on(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom) as swarm:
+        model = prepared(bloom, swarm)
+        loss = model(**batch()).loss
+        for handler in handlers(swarm):
+            handler.graphs.ttl_s = 0.01
+        time.sleep(0.02)
+        for handler in handlers(swarm):
+            handler.graphs.expire()
+        assert kept(swarm) == 0
+        loss.backward()
+        assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
+
+
+def test_a_second_backward_through_the_same_forward_gives_the_same_bits(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom) as swarm:
+        model = prepared(bloom, swarm)
+        loss = model(**batch()).loss
+        loss.backward(retain_graph=True)
+        model.zero_grad()
+        loss.backward()
+        assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
+        assert recomputed(swarm) == 0, "a graph that was used is not asked for again"
+
+
+def test_nothing_is_kept_where_nothing_learns(bloom: Path) -> None:
+    with loopback(bloom, ["0:1", "1:2", "2:4"]) as swarm:
+        model = prepared(bloom, swarm)
+        model.requires_grad_(False)
+        model(**batch())
+        assert kept(swarm) == 0
+        with torch.no_grad():
+            prepared(bloom, swarm)(**batch())
+        assert kept(swarm) == 0
+
+
+def test_nothing_is_kept_below_the_lowest_trained_block(bloom: Path) -> None:
+    upper = lora("bloom", layers_to_transform=[3])
+    with loopback(bloom, ["0:2", "2:4"]) as swarm, loopback(bloom, ["3:4", "0:3"]) as alone:
+        loss = prepared(bloom, swarm, upper)(**batch()).loss
+        assert [len(handler.graphs) for handler in handlers(swarm)] == [0, 1]
+        own = prepared(bloom, alone, upper)(**batch()).loss
+        one, two = handlers(alone)[0].graphs.held_bytes, handlers(swarm)[1].graphs.held_bytes
+        assert one == two > 0, "block 2 leaves nothing behind"
+        loss.backward()
+        own.backward()
+        assert "down gradient" not in swarm.traffic().payload, "nobody needs the gradient by the input of block 2"
+
+
+def test_the_input_of_the_body_gets_its_gradient_through_kept_graphs(bloom: Path) -> None:
+    prompts = swarmtune.DeepPromptConfig(num_tokens=3)
+    found = []
+    for budget_bytes in (0, 1 << 30):
+        with loopback(bloom) as swarm:
+            limit(swarm, budget_bytes)
+            torch.manual_seed(0)
+            model = remote(bloom, swarm, prompts)
+            found.append(step(model, batch())[2])
+            assert forwards(swarm) == BLOCKS * (1 if budget_bytes else 2)
+    assert same_bits(*found)
+
+
+def test_dropout_masks_of_a_kept_graph_are_those_of_a_recomputed_one(bloom: Path) -> None:
+    found = []
+    for budget_bytes in (0, 1 << 30):
+        with loopback(bloom) as swarm:
+            limit(swarm, budget_bytes)
+            model = prepared(bloom, swarm, lora("bloom", lora_dropout=0.3)).train()
+            torch.manual_seed(4)
+            found.append(step(model, batch())[2])
+    assert same_bits(*found)
+
+
+def test_servers_of_before_and_servers_that_keep_graphs_work_together(bloom: Path, quiet: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    info = CallHandler.info.fget
+    with loopback(bloom) as swarm:
+        old = handlers(swarm)[0]
+        monkeypatch.setattr(
+            CallHandler,
+            "info",
+            property(lambda handler: dataclasses.replace(info(handler), features=() if handler is old else info(handler).features)),
+        )
+        assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+        assert forwards(swarm) == BLOCKS + 2
+
+
+def test_a_graph_is_freed_as_soon_as_it_is_let_go_and_counts_what_it_holds(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[weakref.ref[Tensor]] = []
+    pack = Tape._pack
+
+    def watched(tape: Tape, tensor: Tensor) -> Tensor | None:
+        packed = pack(tape, tensor)
+        assert packed is not None
+        saved.append(weakref.ref(packed))
+        return packed
+
+    monkeypatch.setattr(Tape, "_pack", watched)
+    with loopback(bloom, ["0:4"]) as swarm:
+        loss = prepared(bloom, swarm)(**batch()).loss
+        handler = handlers(swarm)[0]
+        frozen = {tensor.untyped_storage().data_ptr() for _, block in handler._span.weights.blocks.items() for tensor in block.state_dict().values()}
+        storages = [tensor.untyped_storage() for ref in saved for tensor in [ref()] if tensor is not None]
+        alive = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        own = {address: size for address, size in alive.items() if address not in frozen}
+        assert len(own) > 20
+        assert sum(own.values()) <= handler.graphs.held_bytes <= sum(own.values()) + 4 * 4 * 10 * 48 * 4 + 2 * 4 * 4 * 48 * 5 * 4
+        del storages
+        gc.disable()
+        try:
+            handler.gone("client")
+            assert [ref for ref in saved if ref() is not None] == [], "no cycle keeps the graph"
+        finally:
+            gc.enable()
+        loss.backward()
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_the_server_of_any_call_dies_over_kept_graphs(bloom: Path, quiet: dict[str, Tensor], call: int) -> None:
+    with loopback(bloom, ["0:2", "2:4", "0:2", "2:4"], faults=Faults(after={call})) as swarm:
+        assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+        assert swarm.traffic().retries == 1
