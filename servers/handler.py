@@ -5,32 +5,39 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from servers.executor import Busy, Executor, Expired
 from servers.graphs import GraphGone, Graphs
 from servers.span import PREFIX, Span
+from servers.stored import HOLD_S, StoredTensors
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.initial import InitialCall
 from swarmtune.wire.kept import KeptCall
-from swarmtune.wire.messages import KEEPS_GRAPHS, CallKind, Fault, FaultCode, ServerInfo, ServerTimes, SpanCall, SpanResult
+from swarmtune.wire.messages import (
+    KEEPS_GRAPHS,
+    STORES_TENSORS,
+    CallKind,
+    Fault,
+    FaultCode,
+    ServerInfo,
+    ServerTimes,
+    SpanCall,
+    SpanResult,
+    TensorsMissing,
+    references,
+)
 
 logger = logging.getLogger(__name__)
 
 BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 0, 1, 2
 """Of one client, backwards go first: they end work that others wait for, and free memory. Jobs of one priority take about as long as each other."""
-
-CALLS: Mapping[CallKind, Callable[[Message], SpanCall | KeptCall | InitialCall]] = {
-    CallKind.FORWARD: SpanCall.from_message,
-    CallKind.BACKWARD: SpanCall.from_message,
-    CallKind.KEPT_BACKWARD: KeptCall.from_message,
-    CallKind.INITIAL: InitialCall.from_message,
-}
-"""What is done on the device, and how its message is checked."""
+CALLS = (CallKind.FORWARD, CallKind.BACKWARD, CallKind.KEPT_BACKWARD, CallKind.INITIAL)
+"""What is done on the device."""
 
 
 def one_line(detail: str) -> str:
@@ -42,6 +49,7 @@ class CallHandler:
     """Answers the calls of all peers.
 
     Attributes:
+        tensors: what clients have sent before.
         draining: refuse new work, finish what is in flight.
         calls: forwards and backwards done so far.
         tokens: rows times sequence length of those calls.
@@ -52,6 +60,7 @@ class CallHandler:
         self._info, self._span, self._executor = info, span, executor
         self._max_tokens, self._max_sequence = max_tokens, max_sequence
         self._rate_tok_s = 0.0
+        self.tensors = StoredTensors()
         self.draining = False
         self.in_flight = 0
         self.calls = self.tokens = self.refused = 0
@@ -59,7 +68,7 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=(KEEPS_GRAPHS,))
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=(KEEPS_GRAPHS, STORES_TENSORS))
 
     @property
     def graphs(self) -> Graphs:
@@ -69,6 +78,7 @@ class CallHandler:
     def gone(self, peer: str) -> None:
         """The last connection of ``peer`` has ended: what it left behind is freed."""
         self.graphs.forget(peer)
+        self.tensors.forget(peer)
 
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
@@ -76,6 +86,8 @@ class CallHandler:
             reply = await self._dispatch(peer, decode(incoming))
             self.refused += reply.kind == "fault"
             return encode(reply)
+        except TensorsMissing as error:
+            return encode(Fault(FaultCode.NO_TENSORS, str(error)).to_message())
         except WireError as error:
             fault = Fault(FaultCode.BAD_REQUEST, one_line(str(error)))
         except NonFinite as error:
@@ -103,7 +115,7 @@ class CallHandler:
             return Fault(FaultCode.UNSUPPORTED, why).to_message()
         if self.draining:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
-        call = CALLS[CallKind(message.kind)](message)
+        call = await self._read(peer, message)
         if call.model != self._info.model or not self._info.span.covers(call.span):
             held = f"this server holds blocks {self._info.span} of model {self._info.model}"
             return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
@@ -118,6 +130,18 @@ class CallHandler:
             return await self._execute(peer, call)
         finally:
             self.in_flight -= 1
+
+    async def _read(self, peer: str, message: Message) -> SpanCall | KeptCall | InitialCall:
+        """Check the message; what it leaves out was sent before, and what it brings under a digest is kept for later."""
+        if message.kind == CallKind.INITIAL:
+            return InitialCall.from_message(message)
+        if message.kind == CallKind.KEPT_BACKWARD:
+            return KeptCall.from_message(message)
+        left_out = references(message)
+        call = SpanCall.from_message(message, await self.tensors.wait_for(peer, left_out, HOLD_S) if left_out else None)
+        if brought := {kwarg.digest: kwarg.tensor for kwarg in call.kwargs if kwarg.digest and kwarg.carried}:
+            self.tensors.put(peer, brought)
+        return call
 
     def _check_size(self, call: SpanCall) -> None:
         batch, sequence = call.hidden_BTH.shape[:2]

@@ -229,6 +229,7 @@ EVENT_WORDS = {
     "drained": ("call met a server that shuts down", "calls met a server that shuts down"),
     "cut_off": ("call was cut off here and repeated", "calls were cut off here and repeated"),
     "recomputed": ("forward was run again for its backward", "forwards were run again for their backwards"),
+    "resent": ("call had to bring the adapter again", "calls had to bring the adapter again"),
     "waited": ("wait for a server", "waits for a server"),
     "daemon": ("p2p daemon of our own replaced", "p2p daemons of our own replaced"),
 }

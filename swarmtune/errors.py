@@ -17,7 +17,8 @@
         │   ├── PeerDraining    it is shutting down and takes no new work
         │   ├── PeerSlow        it took much longer than calls of its kind do, and another server can do the work
         │   ├── PeerCutOff      our own way to it broke, which is no fault of the peer
-        │   └── GraphLost       it does not keep what a forward had left there for the backward
+        │   ├── GraphLost       it does not keep what a forward had left there for the backward
+        │   └── TensorsLost     it does not keep a tensor that an earlier call had brought
         └── ServerStartFailed   a bundled server ended before it was ready
 
 Each carries its data as attributes, pickles, and is chained to its cause.
@@ -138,6 +139,10 @@ class PeerCutOff(PeerFault):
 
 class GraphLost(PeerFault):
     """The server does not keep the graph of the forward any more. It can still do the backward when it gets the inputs again."""
+
+
+class TensorsLost(PeerFault):
+    """The server does not keep a tensor any more that an earlier call had brought. It can still do the call when it gets all of them again."""
 
 
 class NotExact(SwarmError):

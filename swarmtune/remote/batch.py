@@ -23,7 +23,11 @@ class KwargPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One micro-batch: its hidden states and its share of the kwargs."""
+    """One micro-batch: its hidden states and its share of the kwargs.
+
+    Attributes:
+        digests: of the content of each kwarg that is the same for all micro-batches, ``""`` for others; empty where nothing is kept on servers.
+    """
 
     hidden_BTH: Tensor
     plans: tuple[KwargPlan, ...]
@@ -31,6 +35,7 @@ class Batch:
     adapter: AdapterSpec | None
     dropout: DropoutSeed | None = None
     index: int = 0
+    digests: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -49,7 +54,8 @@ class Batch:
         for index in self._of(span):
             plan, blocks = self.plans[index], self.plans[index].blocks.overlap(span)
             assert blocks is not None
-            kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad))
+            digest = self.digests[index] if self.digests else ""
+            kwargs.append(CallKwarg(plan.name, self.tensors[index], plan.axes, blocks, plan.requires_grad, digest))
         adapter = self.adapter if any(kwarg.name.startswith("peft.") for kwarg in kwargs) else None
         dropout = self.dropout if adapter is not None else None
         return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=dropout, keep=keep)

@@ -13,6 +13,7 @@ from swarmtune.remote.batch import KwargPlan, micro_batches
 from swarmtune.remote.chain import Chain
 from swarmtune.remote.function import BodyCall, RemoteSequential
 from swarmtune.remote.guard import GradientGuard
+from swarmtune.remote.uploads import digests_of
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import Kwarg
 from swarmtune.wire.messages import AdapterSpec
@@ -77,7 +78,7 @@ class RemoteBody(nn.Module):
                 f"this adapter mixes the rows of a batch, so the batch cannot be cut into micro-batches: raise micro_batch_tokens to at least "
                 f"{hidden_BTH.shape[0] * hidden_BTH.shape[1]}, or use a smaller batch"
             )
-        call = BodyCall(self._loop, self._chain, plans, adapter, seed, self.guard)
+        call = BodyCall(self._loop, self._chain, plans, adapter, seed, self.guard, digests_of(plans, [kwarg.tensor for kwarg in every]))
         output_BTH: Tensor = RemoteSequential.apply(call, hidden_BTH, *(kwarg.tensor for kwarg in every))
         return output_BTH
 

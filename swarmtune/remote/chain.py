@@ -26,6 +26,7 @@ from swarmtune.errors import (
     PeerFault,
     PeerSlow,
     SwarmError,
+    TensorsLost,
     WireError,
 )
 from swarmtune.remote.batch import Batch, KeptGraph, Leg, MicroResult
@@ -34,6 +35,7 @@ from swarmtune.remote.events import EventKind, EventLog, SwarmStatus, Waiting
 from swarmtune.remote.ledger import Ledger, Page, Way
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.remote.totals import ChainCounters, ServerTotals, label_of
+from swarmtune.remote.uploads import Uploads, without_digests
 from swarmtune.transport.base import NodeLost, Transport, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan
@@ -41,7 +43,7 @@ from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Incoming
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
 from swarmtune.wire.kept import KeptCall
-from swarmtune.wire.messages import DETERMINISTIC, KEEPS_GRAPHS, MAX_RELEASED, AdapterSpec, Fault, FaultCode, SpanCall, SpanResult
+from swarmtune.wire.messages import DETERMINISTIC, KEEPS_GRAPHS, MAX_RELEASED, STORES_TENSORS, AdapterSpec, Fault, FaultCode, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -109,6 +111,7 @@ class Chain:
         self.counters, self.events = ChainCounters(), EventLog()
         self._times = CallTimes()
         self._running: dict[int, Hop] = {}
+        self._uploads = Uploads()
         self._released: dict[tuple[str, int], list[int]] = {}
         self._waits, self._told_at = 0, -math.inf
 
@@ -337,7 +340,7 @@ class Chain:
         if isinstance(fault, PeerBusy):
             self._directory.busy(fault.peer, fault.retry_s)
             over = patience.wait_for(fault.retry_s, fault)
-        elif isinstance(fault, GraphLost):
+        elif isinstance(fault, GraphLost | TensorsLost):
             over = False  # the inputs go there next
         elif isinstance(fault, PeerDraining | PeerCutOff):
             if isinstance(fault, PeerDraining):
@@ -352,7 +355,7 @@ class Chain:
                 self._directory.failed(fault.peer)
         if over:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
-        expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff | GraphLost)
+        expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff | GraphLost | TensorsLost)
         logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
 
     def _is_open(self, kept: KeptGraph) -> bool:
@@ -378,6 +381,9 @@ class Chain:
             result = _result(reply, call, hop)
         except BaseException as error:
             work.page.fail(number, f"{type(error).__name__}: {error}")
+            self._uploads.failed(hop.peer, call)
+            if isinstance(error, TensorsLost):
+                self._uploads.missed(hop.peer)
             if isinstance(error, PeerFault):
                 self._count(error, hop, now() - began)
             if isinstance(error, PeerSlow):
@@ -396,8 +402,11 @@ class Chain:
         if kept is not None:
             assert call.grad_BTH is not None, "only a backward uses a kept graph"
             return KeptCall(call.span, call.model, kept.handle, call.grad_BTH, call.input_grad, remaining_ms).to_message()
+        generation = self._transport.generation(hop.peer)
+        stores = self._directory.has(hop.peer, STORES_TENSORS)
+        call = self._uploads.by_reference(hop.peer, generation, call) if stores else without_digests(call)
         if call.keep and self._directory.has(hop.peer, KEEPS_GRAPHS):
-            released = self._released.pop((hop.peer, self._transport.generation(hop.peer)), [])
+            released = self._released.pop((hop.peer, generation), [])
             return replace(call, remaining_ms=remaining_ms, release=tuple(released[-MAX_RELEASED:])).to_message()
         return replace(call, remaining_ms=remaining_ms, keep=False).to_message()
 
@@ -426,6 +435,7 @@ class Chain:
             PeerSlow: EventKind.SLOW,
             PeerCutOff: EventKind.CUT_OFF,
             GraphLost: EventKind.RECOMPUTED,
+            TensorsLost: EventKind.RESENT,
         }
         kind = kinds.get(type(fault), EventKind.FAILED)
         server = "" if kind is EventKind.CUT_OFF else self._label(hop.peer)
@@ -550,6 +560,8 @@ def _as_error(hop: Hop, fault: Fault) -> PeerFault | NonFinite | KwargError:
     detail = f"{fault.code}: {fault.detail}"
     if fault.code is FaultCode.NO_GRAPH:
         return GraphLost(hop.peer, hop.span, fault.detail)
+    if fault.code is FaultCode.NO_TENSORS:
+        return TensorsLost(hop.peer, hop.span, fault.detail)
     if fault.code is FaultCode.BUSY:
         return PeerBusy(hop.peer, hop.span, detail, RETRY_BUSY_S if fault.retry_ms is None else fault.retry_ms / 1000)
     return PeerDraining(hop.peer, hop.span, detail) if fault.code is FaultCode.DRAINING else PeerFault(hop.peer, hop.span, detail)

@@ -24,6 +24,7 @@ class EventKind(StrEnum):
     MOVED = "moved"
     CUT_OFF = "cut_off"
     RECOMPUTED = "recomputed"
+    RESENT = "resent"
     DAEMON = "daemon"
 
 

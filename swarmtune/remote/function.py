@@ -34,6 +34,7 @@ class BodyCall:
     adapter: AdapterSpec | None
     seed: int | None = None
     guard: GradientGuard | None = None
+    digests: tuple[str, ...] = ()
 
     def open_page(self, micro: Sequence[Batch]) -> Page:
         """Plan this call."""
@@ -49,7 +50,7 @@ class BodyCall:
                 for plan, tensor in zip(self.plans, tensors, strict=True)
             )
             dropout = None if self.seed is None else DropoutSeed(self.seed, start)
-            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, parts, self.adapter, dropout, index))
+            found.append(Batch(hidden_BTH[start : start + rows].detach(), self.plans, parts, self.adapter, dropout, index, self.digests))
         return found
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:

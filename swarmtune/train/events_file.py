@@ -17,7 +17,7 @@ from swarmtune.remote.events import EventKind, SwarmEvent
 
 logger = logging.getLogger(__name__)
 MAX_LINES = 100_000
-RETRIED = (EventKind.FAILED, EventKind.SLOW, EventKind.BUSY, EventKind.DRAINED, EventKind.CUT_OFF, EventKind.RECOMPUTED)
+RETRIED = (EventKind.FAILED, EventKind.SLOW, EventKind.BUSY, EventKind.DRAINED, EventKind.CUT_OFF, EventKind.RECOMPUTED, EventKind.RESENT)
 """Events after which a call was asked again."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -41,6 +42,7 @@ class FaultCode(StrEnum):
     DRAINING = "draining"
     EXPIRED = "expired"
     NO_GRAPH = "no_graph"
+    NO_TENSORS = "no_tensors"
     INTERNAL = "internal"
 
 
@@ -98,24 +100,31 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CallKwarg:
-    """A kwarg as one call carries it: its blocks are the part of the called span that it is for."""
+    """A kwarg as one call carries it: its blocks are the part of the called span that it is for.
+
+    Attributes:
+        digest: of the tensor's content, for a server that keeps it for later calls; ``""`` where it need not.
+        carried: whether the call holds the tensor; if not, the server has it under ``digest``.
+    """
 
     name: str
     tensor: Tensor
     axes: Mapping[Axis, int]
     blocks: BlockSpan
     requires_grad: bool
+    digest: str = ""
+    carried: bool = True
 
     def to_json(self) -> list[object]:
-        """``[name, axes, [start, stop], requires_grad]``."""
-        return [self.name, dict(self.axes), [self.blocks.start, self.blocks.stop], self.requires_grad]
+        """``[name, axes, [start, stop], requires_grad]``, and the digest where there is one."""
+        plain: list[object] = [self.name, dict(self.axes), [self.blocks.start, self.blocks.stop], self.requires_grad]
+        return [*plain, self.digest] if self.digest else plain
 
     @classmethod
-    def from_json(cls, item: object, tensor: Tensor) -> CallKwarg:
+    def from_json(cls, item: object, tensor: Tensor, carried: bool = True) -> CallKwarg:
         """Check one entry of a peer's header against its tensor."""
-        if not isinstance(item, list) or len(item) != 4:
-            raise WireError("a kwarg entry must be [name, axes, [start, stop], requires_grad]")
-        name, axes, blocks, requires_grad = item
+        digest = kwarg_digest(item)
+        name, axes, blocks, requires_grad = cast(list[object], item)[:4]
         name = text(name, "a kwarg's name", 512)
         if not isinstance(axes, dict) or not set(axes) <= set(AXES):
             raise WireError(f"kwarg {name!r}: axes may be batch and sequence")
@@ -124,7 +133,31 @@ class CallKwarg:
             raise WireError(f"kwarg {name!r}: batch and sequence cannot be the same axis")
         if not isinstance(requires_grad, bool) or (requires_grad and not tensor.is_floating_point()):
             raise WireError(f"kwarg {name!r}: only a floating-point tensor can ask for a gradient")
-        return cls(name, tensor, checked, block_span(blocks, f"kwarg {name!r}: blocks"), requires_grad)
+        return cls(name, tensor, checked, block_span(blocks, f"kwarg {name!r}: blocks"), requires_grad, digest, carried)
+
+
+def kwarg_digest(item: object) -> str:
+    """The digest in an entry of a peer's header; ``""`` where there is none."""
+    if not isinstance(item, list) or len(item) not in (4, 5):
+        raise WireError("a kwarg entry must be [name, axes, [start, stop], requires_grad] or have a digest as well")
+    if len(item) == 4:
+        return ""
+    digest = item[4]
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise WireError("a kwarg's digest must be 32 hexadecimal digits")
+    return digest
+
+
+def references(message: Message) -> list[str]:
+    """Digests of the tensors that a forward or a backward leaves out, because the server has been given them before."""
+    entries = message.fields.get("kwargs")
+    if not isinstance(entries, list):
+        return []
+    return [kwarg_digest(entry) for index, entry in enumerate(entries) if f"k{index}" not in message.tensors]
+
+
+class TensorsMissing(WireError):
+    """A call leaves out tensors that are not kept here."""
 
 
 _CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout", "keep", "release"})
@@ -132,6 +165,9 @@ KEEPS_GRAPHS = "keeps_graphs"
 """Feature of a server: it takes ``keep`` and ``release`` in a forward, and the call kind ``kept_backward``."""
 MAX_RELEASED = 1024
 MAX_HANDLE = (1 << 53) - 1
+STORES_TENSORS = "stores_tensors"
+"""Feature of a server: a call may name a kwarg's content by a digest, and leave the tensor out of later calls."""
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +200,24 @@ def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) ->
     if backward:
         parts += [len(kwarg.blocks) * kwarg.tensor.nbytes for kwarg in kwargs if kwarg.requires_grad]
     return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+
+
+def _kwargs(entries: object, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> tuple[CallKwarg, ...]:
+    """Put the kwargs and their tensors together, those that the call holds and those that were given before."""
+    if not isinstance(entries, list) or len(entries) > WireLimits().tensors:
+        raise WireError(f"kwargs must be a list of at most {WireLimits().tensors}")
+    found = []
+    for index, entry in enumerate(entries):
+        carried, digest = tensors.get(f"k{index}"), kwarg_digest(entry)
+        tensor = stored.get(digest) if carried is None else carried
+        if tensor is None and digest:
+            raise TensorsMissing(f"no tensor is kept here under {digest}: send it")
+        if tensor is None:
+            raise WireError("the kwargs and their tensors do not match")
+        found.append(CallKwarg.from_json(entry, tensor, carried is not None))
+    if set(tensors) != {f"k{index}" for index, kwarg in enumerate(found) if kwarg.carried}:
+        raise WireError("the kwargs and their tensors do not match")
+    return tuple(found)
 
 
 def fits_an_answer(call: SpanCall) -> bool:
@@ -235,15 +289,20 @@ class SpanCall:
             fields["keep"] = True
         if self.release:
             fields["release"] = list(self.release)
-        tensors.update((f"k{index}", kwarg.tensor) for index, kwarg in enumerate(self.kwargs))
+        tensors.update((f"k{index}", kwarg.tensor) for index, kwarg in enumerate(self.kwargs) if kwarg.carried)
         return Message(kind, fields, tensors)
 
     @classmethod
-    def from_message(cls, message: Message) -> SpanCall:
+    def from_message(cls, message: Message, stored: Mapping[str, Tensor] | None = None) -> SpanCall:
         """Check a peer's message.
 
+        Args:
+            message: what came.
+            stored: by digest, tensors that the call may leave out.
+
         Raises:
-            WireError: anything missing, superfluous, of the wrong type or shape.
+            TensorsMissing: it leaves out others.
+            WireError: anything else missing, superfluous, of the wrong type or shape.
         """
         fields, tensors = message.fields, dict(message.tensors)
         if unknown := set(fields) - _CALL_FIELDS:  # to ignore what a newer client asks for would be silently wrong
@@ -256,10 +315,7 @@ class SpanCall:
             raise WireError("a backward needs a tensor 'grad', and nothing else does")
         if grad is not None and (grad.shape != hidden.shape or not grad.is_floating_point()):
             raise WireError("'grad' must have the shape of 'hidden'")
-        entries = fields.get("kwargs")
-        if not isinstance(entries, list) or set(tensors) != {f"k{index}" for index in range(len(entries))}:
-            raise WireError("the kwargs and their tensors do not match")
-        kwargs = tuple(CallKwarg.from_json(entry, tensors[f"k{index}"]) for index, entry in enumerate(entries))
+        kwargs = _kwargs(fields.get("kwargs"), tensors, stored or {})
         for kwarg in kwargs:
             for axis, length in zip(AXES, hidden.shape[:2], strict=True):
                 if axis in kwarg.axes and kwarg.tensor.shape[kwarg.axes[axis]] != length:

@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +22,7 @@ import pytest
 import torch
 from hivemind.dht.routing import DHTID
 
-from servers import announce, executor, program, span
+from servers import announce, executor, program, span, stored
 from servers.dropout import DropoutPlan, keep_mask, site_keys
 from swarmtune.adapters import tuners
 from swarmtune.adapters.tuners import TUNERS
@@ -45,7 +45,7 @@ from swarmtune.wire.tensors import WireDtype
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 MODULES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (frames, tensors, codec, messages, initial, tuners, connection, hivemind, records, announce, executor, program, span, route)
+    for module in (frames, tensors, codec, messages, initial, tuners, connection, hivemind, records, announce, executor, program, span, route, stored)
 }
 COMPLETE = (frames, tensors, codec, messages, initial, kept, records, program)
 """Every number that one of these modules names stands in the document."""
@@ -324,7 +324,8 @@ def test_a_number_that_the_text_names_stands_in_the_table() -> None:
 
 
 def test_the_fault_codes_and_what_a_client_does_are_those_of_the_code() -> None:
-    others = {FaultCode.NO_GRAPH: "the inputs again", **dict.fromkeys(messages.DETERMINISTIC, "raise")}
+    again = {FaultCode.NO_GRAPH: "the inputs again", FaultCode.NO_TENSORS: "the call with all of its tensors"}
+    others = {**again, **dict.fromkeys(messages.DETERMINISTIC, "raise")}
     expected = [(str(code), others.get(code, "another server")) for code in FaultCode]
     assert [(row[0], row[2]) for row in tables("Faults")[0]] == expected
 
@@ -340,8 +341,9 @@ def test_the_call_kinds_are_those_of_the_code() -> None:
 
 def test_the_fields_of_a_call_are_those_of_the_code() -> None:
     assert set(column("forward and backward")) == messages._CALL_FIELDS
-    assert column("Kwargs", table=0) == ["name", "axes", "blocks", "requires_grad"]
-    assert len(CALL.kwargs[0].to_json()) == len(column("Kwargs", table=0))
+    assert column("Kwargs", table=0) == ["name", "axes", "blocks", "requires_grad", "digest"]
+    assert len(CALL.kwargs[0].to_json()) == 4
+    assert len(replace(CALL.kwargs[0], digest="0" * 32).to_json()) == 5
     assert ", ".join(f"`{axis}`" for axis in AXES) in section("Kwargs")
 
 

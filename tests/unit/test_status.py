@@ -91,7 +91,7 @@ def test_the_wait_that_ends_first_is_the_one_that_is_shown() -> None:
 
 
 def traffic(log: EventLog) -> SwarmTraffic:
-    return SwarmTraffic(1, 2, 3, 4, 5.0, (ServerTotals("alpha", BlockSpan(0, 4), failures=2, lost_s=1.5),), log.by_kind)
+    return SwarmTraffic(1, 2, 3, 4, 5.0, (ServerTotals("alpha", BlockSpan(0, 4), failures=2, lost_s=1.5),), events=log.by_kind)
 
 
 def test_every_kind_of_event_is_a_total_and_a_resumed_run_goes_on_counting() -> None:

@@ -1,0 +1,78 @@
+"""What servers have been given: a tensor that all micro-batches share travels once, and is named by the digest of its content after that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swarmtune.remote.batch import KwargPlan
+from swarmtune.wire.messages import SpanCall
+
+MAX_LOSSES = 3
+"""A server that has missed tensors so often gets all of them with every call, as long as the connection lasts."""
+MAX_KNOWN = 1 << 14
+"""Digests remembered for each connection."""
+
+
+def content_digest(tensor: Tensor) -> str:
+    """32 hexadecimal digits of BLAKE2b over element type, shape and bytes."""
+    plain = tensor.detach().to("cpu").contiguous()
+    made = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)} ".encode(), digest_size=16)
+    if plain.numel():
+        made.update(plain.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return made.hexdigest()
+
+
+def digests_of(plans: Sequence[KwargPlan], tensors: Sequence[Tensor]) -> tuple[str, ...]:
+    """One per kwarg; ``""`` for those that are cut with the batch, or belong to its positions."""
+    return tuple("" if plan.axes else content_digest(tensor) for plan, tensor in zip(plans, tensors, strict=True))
+
+
+class Uploads:
+    """Which digests each server has been sent, over the connection that is open now. Only a hint: a server may have let them go."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], OrderedDict[str, None]] = {}
+        self._losses: Counter[tuple[str, int]] = Counter()
+
+    def by_reference(self, peer: str, generation: int, call: SpanCall) -> SpanCall:
+        """The call without the tensors that this server has; what it brings counts as known from now on."""
+        for key in [key for key in self._known if key[0] == peer and key[1] != generation]:
+            del self._known[key], self._losses[key]
+        if self._losses[peer, generation] >= MAX_LOSSES:
+            return without_digests(call)
+        known = self._known.setdefault((peer, generation), OrderedDict())
+        kwargs = []
+        for kwarg in call.kwargs:
+            carried = not kwarg.digest or kwarg.digest not in known
+            kwargs.append(kwarg if carried else replace(kwarg, carried=False))
+            if kwarg.digest:
+                known[kwarg.digest] = None
+                known.move_to_end(kwarg.digest)
+        while len(known) > MAX_KNOWN:
+            known.popitem(last=False)
+        return replace(call, kwargs=tuple(kwargs))
+
+    def failed(self, peer: str, call: SpanCall) -> None:
+        """A call may not have brought what it carried."""
+        for (name, _), known in self._known.items():
+            if name == peer:
+                for kwarg in call.kwargs:
+                    known.pop(kwarg.digest, None)
+
+    def missed(self, peer: str) -> None:
+        """A server says that it does not have what it was given."""
+        for (name, generation), known in self._known.items():
+            if name == peer:
+                known.clear()
+                self._losses[name, generation] += 1
+
+
+def without_digests(call: SpanCall) -> SpanCall:
+    """For a server that keeps no tensors."""
+    return replace(call, kwargs=tuple(replace(kwarg, digest="") if kwarg.digest else kwarg for kwarg in call.kwargs))
