@@ -24,14 +24,14 @@ class Graph:
         output_BTH: with its graph.
         input_BTH: the leaf that went in, where a gradient by it can be asked for.
         leaves: index of the kwarg, its block, and what its gradient is taken by.
-        kwargs: by that index, the kwarg's blocks and the type in which it came.
+        kwargs: by that index, the kwarg's blocks, the type in which it came, and whether all micro-batches share it.
         held_bytes: of the storages that it keeps alive, parameters and buffers of the server not counted.
     """
 
     output_BTH: Tensor
     input_BTH: Tensor | None
     leaves: Sequence[tuple[int, int, Tensor]]
-    kwargs: Mapping[int, tuple[BlockSpan, torch.dtype]]
+    kwargs: Mapping[int, tuple[BlockSpan, torch.dtype, bool]]
     held_bytes: int = 0
 
 

@@ -37,6 +37,10 @@ class Tape:
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor that stays alive with the graph."""
+        if tensor.layout is torch.sparse_coo:
+            self.count(tensor._indices())
+            self.count(tensor._values())
+            return
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address not in self._frozen and address not in self._seen:

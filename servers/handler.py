@@ -21,6 +21,7 @@ from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import (
     KEEPS_GRAPHS,
     STORES_TENSORS,
+    SUMS_GRADIENTS,
     CallKind,
     Fault,
     FaultCode,
@@ -68,7 +69,7 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=(KEEPS_GRAPHS, STORES_TENSORS))
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=(KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS))
 
     @property
     def graphs(self) -> Graphs:
@@ -79,6 +80,7 @@ class CallHandler:
         """The last connection of ``peer`` has ended: what it left behind is freed."""
         self.graphs.forget(peer)
         self.tensors.forget(peer)
+        self._span.sums.forget(peer)
 
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
@@ -157,7 +159,7 @@ class CallHandler:
         if isinstance(call, KeptCall):
             run, priority, shape = partial(self._span.kept_backward, call, peer), BACKWARD_PRIORITY, call.grad_BTH.shape
         elif call.grad_BTH is not None:
-            run, priority, shape = partial(self._span.backward, call), BACKWARD_PRIORITY, call.grad_BTH.shape
+            run, priority, shape = partial(self._span.backward, call, peer), BACKWARD_PRIORITY, call.grad_BTH.shape
         else:
             run, priority, shape = partial(self._span.forward, call, peer), FORWARD_PRIORITY, call.hidden_BTH.shape
         tokens = shape[0] * shape[1]

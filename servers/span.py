@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from servers.dropout import DropoutPlan, active
 from servers.gradients import Graph, gradients
 from servers.graphs import GraphGone, Graphs, Tape
 from servers.program import Program, Programs
+from servers.sums import NoRoom, Sums
 from servers.weights import BlockWeights
 from swarmtune.errors import KwargError, NonFinite
 from swarmtune.skeleton import LayerSite, call_span, hidden_size, in_dtype
@@ -71,6 +72,7 @@ class Span:
 
     Attributes:
         graphs: what forwards have left behind.
+        sums: gradients that wait for those of other micro-batches.
         block_forwards: blocks run forward so far, those that a backward runs again included.
     """
 
@@ -87,6 +89,7 @@ class Span:
         self.config, self.site, self.span, self.weights = in_dtype(config, dtype), site, span, weights
         self.dtype, self.device = dtype, device
         self.programs = Programs(self.config, site, weights, dtype, device)
+        self.sums = Sums()
         self.graphs = graphs or Graphs(GRAPH_BYTES, GRAPH_TTL_S)
         self.block_forwards = 0
 
@@ -131,8 +134,9 @@ class Span:
         if not (bound.leaves or call.input_grad):
             return SpanResult(None)
         with torch.enable_grad(), _blamed_on(call):
-            output_BTH = self._run(program, bound, call, hidden_BTH)
-            return gradients(_graph(call, bound, hidden_BTH, output_BTH), call.grad_BTH, call.input_grad)
+            graph = _graph(call, bound, hidden_BTH, self._run(program, bound, call, hidden_BTH))
+            result = gradients(graph, call.grad_BTH, call.input_grad)
+        return self._added(graph, call, result, client)
 
     def kept_backward(self, call: KeptCall, client: str) -> SpanResult:
         """Go back through the graph that a forward has left behind.
@@ -143,7 +147,21 @@ class Span:
         graph = self.graphs.take(client, call.handle)
         if graph.output_BTH.shape != call.grad_BTH.shape or (call.input_grad and graph.input_BTH is None):
             raise GraphGone(f"what is kept under handle {call.handle} does not fit the call: send the inputs")
-        return gradients(graph, call.grad_BTH, call.input_grad)
+        return self._added(graph, call, gradients(graph, call.grad_BTH, call.input_grad), client)
+
+    def _added(self, graph: Graph, call: SpanCall | KeptCall, result: SpanResult, client: str) -> SpanResult:
+        """Hold back what is wanted as a sum, or give the sum where this was the last micro-batch."""
+        if call.sum is None:
+            return result
+        shared = {index: grad for index, grad in result.kwarg_grads.items() if graph.kwargs[index][2]}
+        own = {index: grad for index, grad in result.kwarg_grads.items() if index not in shared}
+        try:
+            sums = self.sums.add(client, call.span, call.sum, shared)
+        except NoRoom:
+            return result
+        if sums is None:
+            return replace(result, kwarg_grads=own, withheld=True)
+        return replace(result, kwarg_grads={**own, **sums}, summed=tuple(range(call.sum.count)))
 
     def initial(self, call: InitialCall) -> InitialResult:
         """First values that depend on the weights of these blocks.
@@ -323,7 +341,7 @@ class Span:
 
 
 def _graph(call: SpanCall, bound: Bound, hidden_BTH: Tensor, output_BTH: Tensor, held_bytes: int = 0) -> Graph:
-    kwargs = {index: (call.kwargs[index].blocks, call.kwargs[index].tensor.dtype) for index, _, _ in bound.leaves}
+    kwargs = {index: (call.kwargs[index].blocks, call.kwargs[index].tensor.dtype, not call.kwargs[index].axes) for index, _, _ in bound.leaves}
     return Graph(output_BTH, hidden_BTH if call.input_grad else None, bound.leaves, kwargs, held_bytes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,14 +60,14 @@ class Batch:
         dropout = self.dropout if adapter is not None else None
         return SpanCall(span, model, hidden_BTH, tuple(kwargs), adapter, grad_BTH, input_grad, dropout=dropout, keep=keep)
 
-    def collect(self, span: BlockSpan, result: SpanResult, found: dict[int, dict[int, Tensor]]) -> None:
-        """File the gradients that a backward of ``span`` returned, by kwarg and block."""
+    def grads(self, span: BlockSpan, result: SpanResult) -> Iterator[tuple[int, int, Tensor]]:
+        """What a backward of ``span`` returned: index of the kwarg, block, gradient."""
         indices = self._of(span)
         for position, grads in result.kwarg_grads.items():
-            index = indices[position]
-            blocks = self.plans[index].blocks.overlap(span)
+            blocks = self.plans[indices[position]].blocks.overlap(span)
             assert blocks is not None
-            found.setdefault(index, {}).update(zip(range(blocks.start, blocks.stop), grads, strict=True))
+            for block, grad in zip(range(blocks.start, blocks.stop), grads, strict=True):
+                yield indices[position], block, grad
 
     def _of(self, span: BlockSpan) -> list[int]:
         return [index for index, plan in enumerate(self.plans) if plan.blocks.overlap(span)]
@@ -95,14 +95,6 @@ class Leg:
     span: BlockSpan
     hidden_BTH: Tensor
     kept: KeptGraph | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MicroResult:
-    """Gradients of one micro-batch: by the input (``None`` where not needed), and by kwarg index and block."""
-
-    input_grad_BTH: Tensor | None
-    kwarg_grads: Mapping[int, Mapping[int, Tensor]]
 
 
 def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:

@@ -78,6 +78,12 @@ class Patience:
             self._ends_at = now() + self._limit_s - min(now() - self._began, MAX_SILENCE_S, self._limit_s / 2)
         return (again and self.remaining_s() <= 0) or self._tries >= MAX_TRIES
 
+    def count(self, fault: PeerFault) -> bool:
+        """A server lacks something and gets it next: no reason to hurry; whether that has been so too often."""
+        self._tries += 1
+        self.last_fault = fault
+        return self._tries >= MAX_TRIES
+
     def wait_for(self, seconds: float, fault: PeerFault) -> bool:
         """A server is alive and asks for a wait: the clock stops until the next fault; whether such waits have lasted too long in all."""
         self.last_fault, self._ends_at = fault, None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swarmtune.remote.batch import Batch, KeptGraph, KwargPlan, Leg, MicroResult, micro_batches
+from swarmtune.remote.batch import Batch, KeptGraph, KwargPlan, Leg, micro_batches
 from swarmtune.remote.chain import Chain
 from swarmtune.remote.guard import GradientGuard
 from swarmtune.remote.ledger import Page
@@ -69,7 +69,7 @@ class Legs:
         self._spans = [[span for span, _ in own] for own in ran]
         self._kept = [[kept for _, kept in own] for own in ran]
         graphs = [kept for own in self._kept for kept in own if kept is not None]
-        self._unused = weakref.finalize(self, call.loop.post, partial(call.chain.release, graphs))
+        self._unused = weakref.finalize(self, call.loop.post, partial(call.chain.caller.release, graphs))
         self._unused.atexit = False
 
     def with_inputs(self, micro: Sequence[Batch], entered: Sequence[Tensor]) -> list[list[Leg]]:
@@ -117,36 +117,17 @@ class RemoteSequential(torch.autograd.Function):
         travelling = torch.float32 if hidden_BTH.dtype is torch.float16 else hidden_BTH.dtype
         parts = [part.to(travelling) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
         try:
-            results = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1], ctx.page))
+            inputs, found = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1], ctx.page))
+            by_kwarg = found.by_kwarg()
         except BaseException:
             if call.guard is not None:
                 call.guard.restore()
             raise
         input_grad = None
         if ctx.needs_input_grad[1]:
-            input_grad = torch.cat([_present(result.input_grad_BTH) for result in results]).to(hidden_BTH.device, hidden_BTH.dtype)
-        by_kwarg = [
-            _kwarg_grad(index, plan, results).to(tensors[index].device) if plan.requires_grad else None for index, plan in enumerate(call.plans)
-        ]
+            input_grad = torch.cat([_present(grad) for grad in inputs]).to(hidden_BTH.device, hidden_BTH.dtype)
+        by_kwarg = [None if grad is None else grad.to(tensor.device) for grad, tensor in zip(by_kwarg, tensors, strict=True)]
         return (None, input_grad, *by_kwarg)
-
-
-def _kwarg_grad(index: int, plan: KwargPlan, results: Sequence[MicroResult]) -> Tensor:
-    """Sum over blocks, ascending; then over micro-batches in order, or put the rows back together where they were cut."""
-    per_micro = []
-    for result in results:
-        by_block = result.kwarg_grads[index]
-        grads = [by_block[block] for block in range(plan.blocks.start, plan.blocks.stop)]
-        per_micro.append(_sum(grads))
-    axis = plan.axes.get("batch")
-    return _sum(per_micro) if axis is None else torch.cat(per_micro, dim=axis)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _present(grad: Tensor | None) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from swarmtune.errors import WireError
 from swarmtune.types import BlockSpan
 from swarmtune.wire.codec import Message
-from swarmtune.wire.messages import MAX_HANDLE, CallKind, block_span, integer, text
+from swarmtune.wire.messages import MAX_HANDLE, CallKind, GradientSum, block_span, integer, text
 
-_FIELDS = frozenset({"span", "model", "handle", "input_grad", "remaining_ms"})
+_FIELDS = frozenset({"span", "model", "handle", "input_grad", "remaining_ms", "sum"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +25,7 @@ class KeptCall:
         grad_BTH: gradient of the loss by the output of the last block.
         input_grad: whether the gradient by the input is wanted; the forward must have announced it.
         remaining_ms: how long the caller will still wait.
+        sum: see ``SpanCall``.
     """
 
     span: BlockSpan
@@ -33,16 +34,19 @@ class KeptCall:
     grad_BTH: Tensor
     input_grad: bool = False
     remaining_ms: int = 300_000
+    sum: GradientSum | None = None
 
     def to_message(self) -> Message:
         """As it travels."""
-        fields = {
+        fields: dict[str, object] = {
             "span": [self.span.start, self.span.stop],
             "model": self.model,
             "handle": self.handle,
             "input_grad": self.input_grad,
             "remaining_ms": self.remaining_ms,
         }
+        if self.sum is not None:
+            fields["sum"] = self.sum.to_json()
         return Message(CallKind.KEPT_BACKWARD, fields, {"grad": self.grad_BTH})
 
     @classmethod
@@ -68,4 +72,5 @@ class KeptCall:
             grad_BTH=grad,
             input_grad=input_grad,
             remaining_ms=integer(fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32),
+            sum=GradientSum.from_json(fields.get("sum")),
         )

@@ -149,18 +149,23 @@ def kwarg_digest(item: object) -> str:
 
 
 def references(message: Message) -> list[str]:
-    """Digests of the tensors that a forward or a backward leaves out, because the server has been given them before."""
+    """Digests of the tensors that a forward or a backward leaves out, because the server has been given them before; not those that it brings."""
     entries = message.fields.get("kwargs")
     if not isinstance(entries, list):
         return []
-    return [kwarg_digest(entry) for index, entry in enumerate(entries) if f"k{index}" not in message.tensors]
+    digests = {index: kwarg_digest(entry) for index, entry in enumerate(entries)}
+    brought = {digest for index, digest in digests.items() if f"k{index}" in message.tensors}
+    return [digest for digest in dict.fromkeys(digests.values()) if digest and digest not in brought]
 
 
 class TensorsMissing(WireError):
     """A call leaves out tensors that are not kept here."""
 
 
-_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout", "keep", "release"})
+_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout", "keep", "release", "sum"})
+SUMS_GRADIENTS = "sums_gradients"
+"""Feature of a server: it takes ``sum`` in a backward, and holds gradients of micro-batches until all of a pass can be added."""
+MAX_SUMMED = 4096
 KEEPS_GRAPHS = "keeps_graphs"
 """Feature of a server: it takes ``keep`` and ``release`` in a forward, and the call kind ``kept_backward``."""
 MAX_RELEASED = 1024
@@ -194,6 +199,35 @@ class DropoutSeed:
         return cls(integer(item[0], "a dropout seed", 0, (1 << 63) - 1), integer(item[1], "a first row", 0, (1 << 32) - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class GradientSum:
+    """A backward whose gradients by kwargs without axes are wanted as a sum over the micro-batches of a pass.
+
+    Attributes:
+        ticket: number of the pass, chosen by the client, from 0 to 2**53 - 1.
+        index: of this micro-batch.
+        count: of all micro-batches.
+    """
+
+    ticket: int
+    index: int
+    count: int
+
+    def to_json(self) -> list[int]:
+        """``[ticket, index, count]``."""
+        return [self.ticket, self.index, self.count]
+
+    @classmethod
+    def from_json(cls, item: object) -> GradientSum | None:
+        """Check a peer's; ``None`` where there is none."""
+        if item is None:
+            return None
+        if not isinstance(item, list) or len(item) != 3:
+            raise WireError("sum must be [ticket, index, count]")
+        count = integer(item[2], "a number of micro-batches", 1, MAX_SUMMED)
+        return cls(integer(item[0], "a ticket", 0, MAX_HANDLE), integer(item[1], "a micro-batch", 0, count - 1), count)
+
+
 def answer_bytes(hidden: Tensor, kwargs: Iterable[CallKwarg], backward: bool) -> int:
     """Largest body of an answer: the hidden states, and after a backward one gradient per block of each kwarg; padding included."""
     parts = [hidden.nbytes]
@@ -207,8 +241,10 @@ def _kwargs(entries: object, tensors: Mapping[str, Tensor], stored: Mapping[str,
     if not isinstance(entries, list) or len(entries) > WireLimits().tensors:
         raise WireError(f"kwargs must be a list of at most {WireLimits().tensors}")
     found = []
+    digests = [kwarg_digest(entry) for entry in entries]
+    stored = {**stored, **{digest: tensors[f"k{index}"] for index, digest in enumerate(digests) if digest and f"k{index}" in tensors}}
     for index, entry in enumerate(entries):
-        carried, digest = tensors.get(f"k{index}"), kwarg_digest(entry)
+        carried, digest = tensors.get(f"k{index}"), digests[index]
         tensor = stored.get(digest) if carried is None else carried
         if tensor is None and digest:
             raise TensorsMissing(f"no tensor is kept here under {digest}: send it")
@@ -248,6 +284,7 @@ class SpanCall:
         dropout: the adapter trains with dropout, by this seed.
         keep: a forward may leave its graph behind under a handle, because a backward will follow.
         release: handles that the caller does not need any more.
+        sum: of a backward, where the gradients of all micro-batches are added on the server.
     """
 
     span: BlockSpan
@@ -261,6 +298,7 @@ class SpanCall:
     dropout: DropoutSeed | None = None
     keep: bool = False
     release: tuple[int, ...] = ()
+    sum: GradientSum | None = None
 
     @property
     def answer_bytes(self) -> int:
@@ -289,6 +327,8 @@ class SpanCall:
             fields["keep"] = True
         if self.release:
             fields["release"] = list(self.release)
+        if self.sum is not None:
+            fields["sum"] = self.sum.to_json()
         tensors.update((f"k{index}", kwarg.tensor) for index, kwarg in enumerate(self.kwargs) if kwarg.carried)
         return Message(kind, fields, tensors)
 
@@ -328,6 +368,9 @@ class SpanCall:
             raise WireError(f"release must be a list of at most {MAX_RELEASED} handles")
         if (keep or released) and grad is not None:
             raise WireError("only a forward leaves a graph behind or releases others")
+        wanted = GradientSum.from_json(fields.get("sum"))
+        if wanted is not None and grad is None:
+            raise WireError("only gradients are added")
         adapter, dropout = fields.get("adapter"), fields.get("dropout")
         _check_answer_size(hidden if grad is None else grad, kwargs, grad is not None)
         return cls(
@@ -342,6 +385,7 @@ class SpanCall:
             dropout=None if dropout is None else DropoutSeed.from_json(dropout),
             keep=keep,
             release=tuple(integer(handle, "a handle", 1, MAX_HANDLE) for handle in released),
+            sum=wanted,
         )
 
 
@@ -377,19 +421,24 @@ class SpanResult:
             order, so that the client's sum over blocks does not depend on where a route is cut.
         times: how long the server says that it took, where it says so.
         handle: under which a forward's graph is kept; 0 where none is.
+        withheld: gradients by kwargs without axes are held for the sum.
+        summed: the micro-batches over which those that are here have been added; empty where they are this one's.
     """
 
     hidden_BTH: Tensor | None
     kwarg_grads: Mapping[int, Tensor] = field(default_factory=dict)
     times: ServerTimes | None = None
     handle: int = 0
+    withheld: bool = False
+    summed: tuple[int, ...] = ()
 
     def to_message(self) -> Message:
         """As it travels."""
         tensors = {} if self.hidden_BTH is None else {"hidden": self.hidden_BTH}
         tensors.update((f"k{index}", grad) for index, grad in self.kwarg_grads.items())
-        fields = {} if self.times is None else asdict(self.times)
-        return Message("result", {**fields, "handle": self.handle} if self.handle else fields, tensors)
+        fields: dict[str, Any] = {} if self.times is None else asdict(self.times)
+        more = {"handle": self.handle, "withheld": self.withheld, "summed": list(self.summed)}
+        return Message("result", {**fields, **{name: value for name, value in more.items() if value}}, tensors)
 
     @classmethod
     def from_message(cls, message: Message, call: SpanCall) -> SpanResult:
@@ -407,9 +456,10 @@ class SpanResult:
         sent = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
         if hidden is not None and (hidden.shape != sent.shape or hidden.dtype != sent.dtype):
             raise WireError(f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {sent.dtype} {tuple(sent.shape)}")
+        withheld, summed = _sums(message.fields, call)
         grads: dict[int, Tensor] = {}
         for index, kwarg in enumerate(call.kwargs if call.grad_BTH is not None else ()):
-            if not kwarg.requires_grad:
+            if not kwarg.requires_grad or (withheld and not kwarg.axes):
                 continue
             grad = tensors.pop(f"k{index}", None)
             if grad is None or grad.shape != (len(kwarg.blocks), *kwarg.tensor.shape) or grad.dtype != kwarg.tensor.dtype:
@@ -418,7 +468,19 @@ class SpanResult:
         if tensors:
             raise WireError(f"a reply holds tensors that nobody asked for: {', '.join(sorted(tensors))[:200]}")
         handle = integer(message.fields.get("handle", 0), "a handle", 0, MAX_HANDLE)
-        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0)
+        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0, withheld, summed)
+
+
+def _sums(fields: Mapping[str, Any], call: SpanCall) -> tuple[bool, tuple[int, ...]]:
+    """Whether a peer's result holds gradients back, and over which micro-batches it has added them: all of the pass, or it is not believed."""
+    withheld, summed = fields.get("withheld", False), fields.get("summed", [])
+    if not isinstance(withheld, bool) or not isinstance(summed, list):
+        raise WireError("withheld must be true or false, and summed a list")
+    if not withheld and not summed:
+        return False, ()
+    if call.sum is None or (withheld and summed) or (summed and summed != list(range(call.sum.count))):
+        raise WireError("a reply adds gradients of other micro-batches than those of the pass, or withholds what nobody wanted to be added")
+    return withheld, tuple(summed)
 
 
 @dataclass(frozen=True, slots=True)

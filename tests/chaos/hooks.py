@@ -41,7 +41,7 @@ class Calls:
         call = node.call
 
         async def watched(peer: str, request: Encoded, timeout_s: float) -> Incoming:
-            way = parse_json(request.header)["kind"]
+            way = str(parse_json(request.header)["kind"]).removeprefix("kept_")
             if way not in ("forward", "backward"):
                 return await call(peer, request, timeout_s)
             self.asked(way, peer)

@@ -8,18 +8,21 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from swarmtune.remote.batch import Batch
+from swarmtune.remote.batch import Leg
+from swarmtune.remote.gradients import PassGradients
 from swarmtune.remote.ledger import History, Ledger, Page
 from swarmtune.transport.base import TransportError
 from swarmtune.transport.connection import Connection
 from swarmtune.wire.codec import Message, encode
 from swarmtune.wire.frames import Encoded, FrameKind, Incoming
+from swarmtune.wire.messages import SpanResult
 from tests.chaos.campaign import Campaign
 from tests.chaos.cuts import DAMAGE, PLACES
 from tests.chaos.proxy import Frame, FrameFault, ProxiedStream
@@ -70,17 +73,17 @@ def test_a_training_without_faults_is_good(bloom: Path, tmp_path: Path) -> None:
 
 
 def test_one_gradient_that_is_applied_twice_makes_the_verdict_bad(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = Batch.collect
+    collect = PassGradients.collect
     with training(bloom, tmp_path) as both:
         loud = only_loud(both, monkeypatch)
 
-        def twice(self: Batch, span: Any, result: Any, found: dict[int, dict[int, torch.Tensor]]) -> None:
-            collect(self, span, result, found)
-            if loud and both.campaign.steps == 1 and span.start == 0:
-                index, grads = next(iter(found.items()))
-                found[index] = {block: 2 * grad for block, grad in grads.items()}
+        def twice(self: PassGradients, batch: Any, leg: Leg, grad_BTH: Any, result: SpanResult) -> None:
+            if loud and both.campaign.steps == 1 and leg.span.start == 0 and result.kwarg_grads:
+                index, grad = next(iter(result.kwarg_grads.items()))
+                result = replace(result, kwarg_grads={**result.kwarg_grads, index: 2 * grad})
+            collect(self, batch, leg, grad_BTH, result)
 
-        monkeypatch.setattr(Batch, "collect", twice)
+        monkeypatch.setattr(PassGradients, "collect", twice)
         for _ in range(3):
             both.step()
     found = verdict(both)

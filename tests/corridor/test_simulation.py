@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from swarmtune.errors import BlocksUnserved
-from swarmtune.remote.batch import Batch
 from swarmtune.remote.chain import Chain
+from swarmtune.remote.gradients import PassGradients
 from swarmtune.remote.ledger import Page
 from swarmtune.wire.codec import encode
 from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.messages import Fault as FaultMessage
-from swarmtune.wire.messages import FaultCode
+from swarmtune.wire.messages import FaultCode, SpanResult
 from tests.simulation import COMPUTE_S, PHASES, STALL_S, Fault, Simulator, World
 
 PAIRS = 100
@@ -167,14 +168,13 @@ def test_a_draining_server_is_left_at_once_and_costs_no_ban(simulator: Simulator
 
 
 def test_a_gradient_that_is_counted_twice_is_seen(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = Batch.collect
+    collect = PassGradients.collect
 
-    def twice(self: Batch, span: Any, result: Any, found: dict[int, dict[int, torch.Tensor]]) -> None:
-        collect(self, span, result, found)
-        for grads in found.values():
-            grads.update({block: 2 * grad for block, grad in grads.items()})
+    def twice(self: PassGradients, batch: Any, leg: Any, grad_BTH: Any, result: SpanResult) -> None:
+        doubled = {index: 2 * grad for index, grad in result.kwarg_grads.items()}
+        collect(self, batch, leg, grad_BTH, replace(result, kwarg_grads=doubled))
 
-    monkeypatch.setattr(Batch, "collect", twice)
+    monkeypatch.setattr(PassGradients, "collect", twice)
     assert "gradients differ" in wrong(simulator, [])
 
 

@@ -243,7 +243,7 @@ def test_a_backward_ends_at_the_lowest_block_that_learns(bloom: Path) -> None:
         model.zero_grad(set_to_none=True)
         faults.log.clear()
         found = step(model, batch())[2]
-        assert faults.log[3:] == [("backward", "peer2"), ("backward", "peer1")]
+        assert faults.log[3:] == [("kept_backward", "peer2"), ("kept_backward", "peer1")]
         assert all(torch.equal(expected[name], grad) for name, grad in found.items())
 
 

@@ -60,6 +60,18 @@ def test_an_adapter_travels_once_for_each_optimizer_step_whatever_is_accumulated
         assert resent(swarm) == 0
 
 
+def test_equal_tensors_travel_once_and_are_waited_for_by_nobody(bloom: Path) -> None:
+    with loopback(bloom, ["0:4"], micro_batch_tokens=10) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))  # fresh: the second matrices are all zeros
+        began = time.monotonic()
+        step(model, batch())
+        assert time.monotonic() - began < 4
+        tensors = {content_digest(parameter): parameter.nbytes for parameter in model.adapter.parameters()}
+        assert len(tensors) < len(list(model.adapter.parameters()))
+        assert sent(swarm) == sum(tensors.values())
+        assert resent(swarm) == 0
+
+
 def test_only_what_changed_travels_again(bloom: Path) -> None:
     with loopback(bloom) as swarm:
         model = prepared(bloom, swarm)

@@ -33,7 +33,7 @@ def test_failover_across_classes_stays_within_its_bound_and_is_said(
             before = step(model, batch())[2]
             (opened,) = swarm._models.values()
             first = opened.directory.numeric_class
-            used = {hop.peer for hop in opened.chain._running.values()}
+            used = {hop.peer for hop in opened.chain.caller.running.values()}
             for server in (*modern.servers, *old.servers):
                 if server.peer_id in used:
                     server.kill()

@@ -10,7 +10,18 @@ import re
 import pytest
 
 from swarmtune import errors
-from swarmtune.errors import BlocksUnserved, NonFinite, PeerBusy, PeerCutOff, PeerDraining, PeerFault, PeerSlow, SwarmtuneError
+from swarmtune.errors import (
+    BlocksUnserved,
+    GraphLost,
+    NonFinite,
+    PeerBusy,
+    PeerCutOff,
+    PeerDraining,
+    PeerFault,
+    PeerSlow,
+    SwarmtuneError,
+    TensorsLost,
+)
 from swarmtune.types import BlockSpan
 
 CLASSES = {name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
@@ -20,6 +31,8 @@ EXAMPLES: dict[str, list[SwarmtuneError]] = {
     "PeerFault": [PeerFault("12D3KooW", BlockSpan(0, 4), "it is busy"), PeerFault("12D3KooW", None, "gone")],
     "PeerBusy": [PeerBusy("12D3KooW", BlockSpan(0, 4), "no room", 0.5)],
     "PeerDraining": [PeerDraining("12D3KooW", BlockSpan(0, 4), "it is shutting down")],
+    "GraphLost": [GraphLost("12D3KooW", BlockSpan(0, 4), "no graph is kept under handle 7")],
+    "TensorsLost": [TensorsLost("12D3KooW", BlockSpan(0, 4), "no tensor is kept")],
     "PeerCutOff": [PeerCutOff("12D3KooW", BlockSpan(0, 4), "the p2p daemon ended")],
     "PeerSlow": [PeerSlow("12D3KooW", None, "no answer")],
 }

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hivemind.dht.routing import DHTID
 
-from servers import announce, executor, program, span, stored
+from servers import announce, executor, program, span, stored, sums
 from servers.dropout import DropoutPlan, keep_mask, site_keys
 from swarmtune.adapters import tuners
 from swarmtune.adapters.tuners import TUNERS
@@ -45,7 +45,24 @@ from swarmtune.wire.tensors import WireDtype
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 MODULES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (frames, tensors, codec, messages, initial, tuners, connection, hivemind, records, announce, executor, program, span, route, stored)
+    for module in (
+        frames,
+        tensors,
+        codec,
+        messages,
+        initial,
+        tuners,
+        connection,
+        hivemind,
+        records,
+        announce,
+        executor,
+        program,
+        span,
+        route,
+        stored,
+        sums,
+    )
 }
 COMPLETE = (frames, tensors, codec, messages, initial, kept, records, program)
 """Every number that one of these modules names stands in the document."""
@@ -351,6 +368,8 @@ def test_the_fields_of_a_backward_through_a_kept_graph_are_those_of_the_code() -
     assert set(column("kept_backward")) == kept._FIELDS
     assert f"`{messages.KEEPS_GRAPHS}` is `keep` and `release`" in flat("info")
     assert "`handle`" in flat("kept_backward")
+    assert f"`{messages.SUMS_GRADIENTS}` is `sum`" in flat("info")
+    assert f"`{messages.STORES_TENSORS}` is `digest`" in flat("info")
 
 
 def test_the_description_of_a_server_has_the_fields_of_the_code() -> None:

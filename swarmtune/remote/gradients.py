@@ -1,0 +1,103 @@
+"""Gradients of one backward pass, filed by kwarg, block and micro-batch as they come, and added in one order, whoever added a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swarmtune.errors import NotExact
+from swarmtune.remote.batch import Batch, KwargPlan, Leg
+from swarmtune.types import BlockSpan
+from swarmtune.wire.messages import GradientSum, SpanResult
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Withheld:
+    """A backward that has been done, and whose gradients its server holds for the sum: what it takes to do it again."""
+
+    batch: Batch
+    leg: Leg
+    grad_BTH: Tensor
+
+
+class PassGradients:
+    """What has come so far.
+
+    The gradient by a kwarg is, for each block, the left fold over the micro-batches in order (or its rows put together again where it was cut with
+    them), then the left fold over the blocks in ascending order. So it does not depend on routes, nor on whether a server has added.
+    """
+
+    def __init__(self, plans: Sequence[KwargPlan], legs: Sequence[Sequence[Leg]], ticket: int) -> None:
+        self._plans, self._count, self._ticket = plans, len(legs), ticket
+        self._summed_spans = _one_server_each(legs) if self._count > 1 else frozenset()
+        self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._withheld: list[Withheld] = []
+
+    def wanted(self, micro: int, span: BlockSpan) -> GradientSum | None:
+        """How to ask for the gradients of ``span``: as a sum where all micro-batches went to one server, and something can be added."""
+        sums = span in self._summed_spans and any(plan.requires_grad and not plan.axes and plan.blocks.overlap(span) for plan in self._plans)
+        return GradientSum(self._ticket, micro, self._count) if sums else None
+
+    def collect(self, batch: Batch, leg: Leg, grad_BTH: Tensor, result: SpanResult) -> None:
+        """File what a backward of ``leg`` has returned."""
+        for index, block, grad in batch.grads(leg.span, result):
+            if result.summed and not self._plans[index].axes:
+                self._sums[index, block] = grad
+            else:
+                self._parts.setdefault((index, block), {})[batch.index] = grad
+        if result.withheld:
+            self._withheld.append(Withheld(batch, leg, grad_BTH))
+
+    def lacking(self) -> list[Withheld]:
+        """Backwards whose gradients were held for a sum that never came: a micro-batch went elsewhere meanwhile, or the server is gone."""
+        return [each for each in self._withheld if any(key not in self._sums for key in self._shared(each.leg.span))]
+
+    def by_kwarg(self) -> list[Tensor | None]:
+        """One gradient for each kwarg, ``None`` where none was asked for.
+
+        Raises:
+            NotExact: a micro-batch of some block is not there.
+        """
+        return [self._one(index, plan) if plan.requires_grad else None for index, plan in enumerate(self._plans)]
+
+    def _one(self, index: int, plan: KwargPlan) -> Tensor:
+        axis = plan.axes.get("batch")
+        blocks = range(plan.blocks.start, plan.blocks.stop)
+        if axis is not None:
+            return torch.cat([_fold([self._part(index, block, micro) for block in blocks]) for micro in range(self._count)], dim=axis)
+        per_block = []
+        for block in blocks:
+            known = self._sums.get((index, block))
+            per_block.append(known if known is not None else _fold([self._part(index, block, micro) for micro in range(self._count)]))
+        return _fold(per_block)
+
+    def _part(self, index: int, block: int, micro: int) -> Tensor:
+        part = self._parts.get((index, block), {}).get(micro)
+        if part is None:
+            raise NotExact(f"the gradient of {self._plans[index].name} for block {block} lacks micro-batch {micro}")
+        return part
+
+    def _shared(self, span: BlockSpan) -> list[tuple[int, int]]:
+        found = []
+        for index, plan in enumerate(self._plans):
+            blocks = plan.blocks.overlap(span)
+            if plan.requires_grad and not plan.axes and blocks is not None:
+                found += [(index, block) for block in range(blocks.start, blocks.stop)]
+        return found
+
+
+def _one_server_each(legs: Sequence[Sequence[Leg]]) -> frozenset[BlockSpan]:
+    """Spans that every micro-batch has run on the same server over the same connection, which has kept the graphs."""
+    places = [{(leg.span, leg.kept.peer, leg.kept.generation) for leg in own if leg.kept is not None} for own in legs]
+    return frozenset(span for span, _, _ in frozenset.intersection(*map(frozenset, places)))
+
+
+def _fold(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
