@@ -1,4 +1,4 @@
-"""The client of ``scripts/bench memory``: it connects and loads, then for each number on its standard input takes so many training steps.
+"""The client of ``scripts/bench memory``: a line of addresses to connect to, then for each number so many training steps.
 
 Each answer is its memory, and whether its peak is set back for the next one.
 """
@@ -16,10 +16,13 @@ import swarmtune
 
 
 def main() -> None:
-    """The words are path, addresses, rows, tokens of a row, tokens of a micro-batch, threads."""
-    path, addresses, *numbers = sys.argv[1:]
+    """The words are path, rows, tokens of a row, tokens of a micro-batch, threads."""
+    path, *numbers = sys.argv[1:]
     rows, sequence, micro_batch_tokens, threads = map(int, numbers)
     torch.set_num_threads(threads)
+    addresses = sys.stdin.readline().strip()
+    if not addresses:
+        return
     with swarmtune.connect(addresses.split(","), micro_batch_tokens=micro_batch_tokens) as swarm:
         model = swarmtune.load_causal_lm(path, swarm, adapter=lora())
         step = trainer(model, token_ids(rows, sequence))

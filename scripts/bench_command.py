@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,6 +34,8 @@ BENCHES = {
 }
 NETWORKS = """of train and call: loopback: 2 servers on this host; wan: 2 servers and the client on hosts of their own, 50 ms round trip, 100 Mbit/s
 per host; wan4: 4 servers, 100 ms, 100 Mbit/s (wan and wan4 need root)"""
+DIRECTORY = "swarmtune-bench-"
+"""The beginning of a measurement's own directory; its process id follows."""
 ENDED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -91,7 +94,8 @@ def bench(options: argparse.Namespace) -> int:
         from tests.netlab import mechanism
 
         mechanism()
-    with tempfile.TemporaryDirectory(prefix="swarmtune-bench-", ignore_cleanup_errors=True) as directory:
+    remove_left_over()
+    with tempfile.TemporaryDirectory(prefix=f"{DIRECTORY}{os.getpid()}-", ignore_cleanup_errors=True) as directory:
         if options.what == "quantize":
             return _quantize(options, Path(directory))
         report: Report = importlib.import_module(f"bench_{options.what}").measure(options, Path(directory))
@@ -99,6 +103,14 @@ def bench(options: argparse.Namespace) -> int:
     if options.keep:
         report.keep()
     return 0
+
+
+def remove_left_over() -> None:
+    """Directories of measurements that were ended by SIGKILL; their servers and networks have ended by themselves."""
+    for left in Path(tempfile.gettempdir()).glob(f"{DIRECTORY}*-*"):
+        pid = left.name.removeprefix(DIRECTORY).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _quantize(options: argparse.Namespace, directory: Path) -> int:

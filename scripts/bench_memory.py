@@ -53,13 +53,15 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         raise UsageError("memory reads /proc/PID/status, which this system does not have: run it on Linux")
     complete(options)
     spans = spans_of(options.layers, options.servers)
-    tiny, real = (one_run(options, spans, hidden, directory / str(hidden)) for hidden in (FLOOR_HIDDEN, options.hidden))
+    tiny = one_run(options, spans, FLOOR_HIDDEN, directory / "tiny")
+    real = one_run(options, spans, options.hidden, directory / "model") if options.hidden != FLOOR_HIDDEN else tiny
     blocks = max(int(span.split(":")[1]) - int(span.split(":")[0]) for span in spans)
-    per_block, everything = weights(options)
-    rows: list[Row] = [{"figure": "weights of a server, of the whole model, MB", "value": f"{mb(blocks * per_block)}, {mb(everything)}"}]
+    per_block, everything = weights(options.hidden, options.layers, options.dtype)
+    held, tiny_held = blocks * per_block, blocks * weights(FLOOR_HIDDEN, options.layers, options.dtype)[0]
+    rows: list[Row] = [{"figure": "weights of a server, of the whole model, MB", "value": f"{mb(held)}, {mb(everything)}"}]
     bars: dict[str, float] = {}
     sides = {
-        "server": (worst(tiny.servers), worst(real.servers), blocks * per_block, blocks * per_block),
+        "server": (worst(tiny.servers), worst(real.servers), held - tiny_held, held),
         "client": (tiny.client, real.client, real.client_weights - tiny.client_weights, everything),
     }
     for who, (floor, seen, own, whole) in sides.items():
@@ -98,12 +100,12 @@ def worst(servers: tuple[Seen, ...]) -> Seen:
     return Seen(*(max(getattr(seen, phase) for seen in servers) for phase in ("loading", "ready", "training", "after")))
 
 
-def weights(options: argparse.Namespace) -> tuple[int, int]:
+def weights(hidden: int, layers: int, dtype: str) -> tuple[int, int]:
     """Bytes of one block, and of the whole model."""
     with torch.device("meta"):
-        config = BloomConfig(hidden_size=options.hidden, n_layer=options.layers, n_head=HEADS, vocab_size=VOCABULARY)
+        config = BloomConfig(hidden_size=hidden, n_layer=layers, n_head=HEADS, vocab_size=VOCABULARY)
         model = AutoModelForCausalLM.from_config(config)
-    itemsize = getattr(torch, options.dtype).itemsize
+    itemsize = getattr(torch, dtype).itemsize
     block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters()) * itemsize
     return block, sum(parameter.numel() for parameter in model.parameters()) * itemsize
 
@@ -111,12 +113,11 @@ def weights(options: argparse.Namespace) -> tuple[int, int]:
 def one_run(options: argparse.Namespace, spans: list[str], hidden: int, directory: Path) -> Run:
     """Servers and a client in a process of its own; their peaks until they are ready, and while they train."""
     path = reference_model(hidden, options.layers, directory)
-    numbers = (options.rows, options.sequence, options.micro_batch_tokens, options.threads)
-    with serving(path, spans, options, directory) as place:
+    words = (path, options.rows, options.sequence, options.micro_batch_tokens, options.threads)
+    with child("bench_client.py", words, directory) as trains, serving(path, spans, options, directory) as place:
         ready = {pid: status(pid) for pid in place.pids}
         reset = all([set_back(pid) for pid in place.pids])
-        with child("bench_client.py", (path, ",".join(place.addresses), *numbers), directory) as trains:
-            first, last = trains.ask(0), trains.ask(options.steps)
+        first, last = trains.ask(",".join(place.addresses) + "\n0"), trains.ask(options.steps)
         trained = {pid: status(pid) for pid in place.pids}
     servers = tuple(Seen(ready[pid]["VmHWM"], ready[pid]["VmRSS"], trained[pid]["VmHWM"], trained[pid]["VmRSS"]) for pid in place.pids)
     seen = Seen(first["VmHWM"], first["VmRSS"], last["VmHWM"], last["VmRSS"])
