@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench_model import middle_half, reference_model
-from bench_report import Panel, Report, setting
+from bench_report import TURN, Panel, Report, Row, setting
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,7 +82,8 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
     script = directory / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     half = options.layers // 2
-    rows, series = [], {}
+    rows: list[Row] = []
+    series: dict[str, tuple[list[int], list[float]]] = {}
     with tree_of(options.commit, directory) as tree:
         for what, batch, sequence, steps in (
             ("reference batch", options.rows, options.sequence, options.steps),
@@ -109,5 +110,5 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
                 {"figure": f"{what}: this / {options.commit}, median of {options.rounds} turns", "value": round(statistics.median(ratios), 4)},
                 {"figure": f"{what}: the middle half of those ratios", "value": middle_half(ratios)},
             ]
-    panel = Panel(f"seconds of a step, this / {options.commit}", series=series, x="turn", y="ratio", rule=1.0)
+    panel = Panel(f"seconds of a step, this / {options.commit}", series=series, x=TURN, y="ratio", rule=1.0)
     return Report("against", "bench_against", f"{setting(options)}, 2 servers, against {options.commit}", rows, [panel])

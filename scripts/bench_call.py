@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from bench_model import per_call, reference_model, thread_budget
 from bench_place import complete, serving
-from bench_report import Panel, Report
+from bench_report import Panel, Report, Row
 from transformers import AutoModelForCausalLM
 
 import swarmtune
@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         after = swarm.traffic()
         local_s = per_call(lambda: block(inputs_embeds=hidden, use_cache=False), count)
     remote, local = statistics.median(remote_s), statistics.median(local_s)
-    rows = [
+    rows: list[Row] = [
         {"figure": "one block here, tiny tensor, ms", "value": round(local * 1e3, 3)},
         {"figure": "one remote call, tiny tensor, ms", "value": round(remote * 1e3, 3)},
         {"figure": "the slowest of a hundred remote calls, ms", "value": round(statistics.quantiles(remote_s, n=100)[-1] * 1e3, 3)},

@@ -34,6 +34,8 @@ BENCHES = {
 }
 NETWORKS = """of train and call: loopback: 2 servers on this host; wan: 2 servers and the client on hosts of their own, 50 ms round trip, 100 Mbit/s
 per host; wan4: 4 servers, 100 ms, 100 Mbit/s (wan and wan4 need root)"""
+BUSY = 0.5
+"""A load above this is said: local PEFT and servers do not lose the same to other programs."""
 DIRECTORY = "swarmtune-bench-"
 """The beginning of a measurement's own directory; its process id follows."""
 ENDED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -95,6 +97,8 @@ def bench(options: argparse.Namespace) -> int:
 
         mechanism()
     remove_left_over()
+    if (load := os.getloadavg()[0]) > BUSY:
+        sys.stderr.write(f"scripts/bench: other programs use this machine (load {load:.1f}): counts hold, speeds and ratios may not\n")
     with tempfile.TemporaryDirectory(prefix=f"{DIRECTORY}{os.getpid()}-", ignore_cleanup_errors=True) as directory:
         if options.what == "quantize":
             return _quantize(options, Path(directory))

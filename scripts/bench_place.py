@@ -109,13 +109,19 @@ def _in_lab(model: Path, spans: Sequence[str], options: argparse.Namespace, dire
             server = lab.popen(host, command, cwd=ROOT, text=True, start_new_session=True, **pipes)
             stack.callback(_end, server)
             servers.append(server)
-        stack.callback(lambda: [server.terminate() for server in servers])
+        stack.callback(_ask_to_stop, servers)
         for host, span, server in zip(hosts, spans, servers, strict=True):
             assert server.stdout is not None
             if "serving blocks" not in server.stdout.readline():
                 said = (directory / f"{host}.log").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
                 raise ServerStartFailed(f"the server of blocks {span} did not start: {said[-1][:500]}")
         yield Place(addresses, [server.pid for server in servers], lab)
+
+
+def _ask_to_stop(servers: Sequence[subprocess.Popen[str]]) -> None:
+    """All at once; they are waited for afterwards."""
+    for server in servers:
+        server.terminate()
 
 
 def _end(server: subprocess.Popen[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
-PANEL_INCHES, BAR_INCHES, DPI = 4.4, 0.28, 110
+PANEL_INCHES, BAR_INCHES, DPI = 3.6, 0.28, 110
+LOAD_BEFORE = os.getloadavg()[0]
+"""Programs that wanted a core in the minute before this one measured anything."""
 
+TURN = "turn"
+"""The x axis of what is measured in turns."""
 Row = dict[str, Any]
 """``figure`` and ``value``: a line of the table."""
 
@@ -62,7 +67,7 @@ class Report:
     def heading(self) -> str:
         """What, when, which commit and which machine."""
         machine = f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-        return f"{self.setting}: {datetime.date.today()}, commit {commit()}, {machine}"
+        return f"{self.setting}: {datetime.date.today()}, commit {commit()}, {machine}, load before {LOAD_BEFORE:.1f}"
 
     @property
     def table(self) -> str:
@@ -120,13 +125,15 @@ def draw(title: str, panels: Sequence[Panel]) -> bytes:
         (_draw_bars if panel.bars else _draw_lines)(axis, panel)
         axis.set_title(panel.title, fontsize="medium")
         axis.set(xlabel=panel.x, ylabel=panel.y)
-    figure.suptitle(title, fontsize="small")
+    figure.suptitle(textwrap.fill(title.replace("$", r"\$"), 110), fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def _draw_lines(axis: Any, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     from swarmtune.plotting.curves import line_style
 
     for index, (name, (x, y)) in enumerate(panel.series.items()):
@@ -135,7 +142,9 @@ def _draw_lines(axis: Any, panel: Panel) -> None:
     if panel.log:
         axis.set(xscale="log", yscale="log")
     else:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(value for _, y in panel.series.values() for value in y) or 1)
+    if panel.x == TURN:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.rule is not None:
         axis.axhline(panel.rule, color="0.5", linewidth=1)
     axis.grid(alpha=0.3)

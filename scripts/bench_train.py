@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from bench_model import BodyClock, local_peft, lora, middle_half, reference_model, spans_of, thread_budget, token_ids, trainer
 from bench_place import Place, complete, serving
-from bench_report import Panel, Report, Row, say, setting
+from bench_report import TURN, Panel, Report, Row, say, setting
 
 import swarmtune
 from swarmtune.remote.batch import micro_batches
@@ -187,7 +187,7 @@ def panels(options: argparse.Namespace, turns: Turns, counts: Counts, body_s: fl
     seconds = {f"{name}: a step": statistics.median(times) for name, times in turns.seconds.items()}
     seconds |= {"local PEFT: blocks": body_s, "servers: compute": counts.servers["compute_s"], "servers: queue": counts.servers["queue_s"]}
     return [
-        Panel("training speed", series=speeds, x="turn", y="tokens/s"),
+        Panel("training speed", series=speeds, x=TURN, y="tokens/s"),
         Panel("payload per micro-batch (1 is one tensor of hidden states)", bars=counts.in_hidden_states),
         Panel("seconds per step (servers: all together)", bars={**seconds, "network": counts.servers["network_s"]}),
     ]
