@@ -67,7 +67,8 @@ class Report:
     def heading(self) -> str:
         """What, when, which commit and which machine."""
         machine = f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-        return f"{self.setting}: {datetime.date.today()}, commit {commit()}, {machine}, load before {LOAD_BEFORE:.1f}"
+        waits = f", OMP_WAIT_POLICY={policy}" if (policy := os.environ.get("OMP_WAIT_POLICY")) else ""
+        return f"{self.setting}: {datetime.date.today()}, commit {commit()}, {machine}{waits}, load before {LOAD_BEFORE:.1f}"
 
     @property
     def table(self) -> str:
