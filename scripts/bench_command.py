@@ -98,9 +98,8 @@ def bench(options: argparse.Namespace) -> int:
         mechanism()
     remove_left_over()
     if (load := os.getloadavg()[0]) > BUSY:
-        sys.stderr.write(
-            f"scripts/bench: other programs use this machine (load {load:.1f}): counts hold, speeds and ratios may not (docs/benchmarks.md, busy machines)\n"
-        )
+        warning = f"other programs use this machine (load {load:.1f}): counts hold, speeds and ratios may not"
+        sys.stderr.write(f"scripts/bench: {warning} (docs/benchmarks.md, busy machines)\n")
     with tempfile.TemporaryDirectory(prefix=f"{DIRECTORY}{os.getpid()}-", ignore_cleanup_errors=True) as directory:
         if options.what == "quantize":
             return _quantize(options, Path(directory))
