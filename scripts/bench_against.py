@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from bench_model import middle_half, reference_model
+from bench_report import TURN, Panel, Report, Row, setting
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, SEQUENCE = 8, 128
 
 WORKER = """
 import json, sys, time, torch
@@ -23,7 +24,7 @@ import swarmtune
 
 if __name__ == "__main__":
     path, spans, threads, rows, sequence = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-    with swarmtune.LocalSwarm(path, spans, dtype="float32", threads=threads or None) as local, swarmtune.connect(local.initial_peers) as swarm:
+    with swarmtune.LocalSwarm(path, spans, dtype="float32", threads=threads) as local, swarmtune.connect(local.initial_peers) as swarm:
         model = swarmtune.load_causal_lm(path, swarm, adapter=LoraConfig(r=8, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
         optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
         ids = torch.randint(0, 4096, (rows, sequence), generator=torch.Generator().manual_seed(1))
@@ -75,15 +76,20 @@ def tree_of(commit: str, directory: Path) -> Iterator[Path]:
         subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True, capture_output=True)
 
 
-def measure(options: argparse.Namespace, path: Path, directory: Path) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, directory: Path) -> Report:
     """Seconds of a step of both sides, for the reference batch and for a tiny one; each turn goes to both, in alternating order."""
+    path = reference_model(options.hidden, options.layers, directory / "model")
     script = directory / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     half = options.layers // 2
-    rows = []
+    rows: list[Row] = []
+    series: dict[str, tuple[list[int], list[float]]] = {}
     with tree_of(options.commit, directory) as tree:
-        for what, batch, sequence, steps in (("reference batch", BATCH, SEQUENCE, options.steps), ("one row of 8 tokens", 1, 8, 20 * options.steps)):
-            words = [str(path), f"0:{half},{half}:{options.layers}", str(options.threads or 0), str(batch), str(sequence)]
+        for what, batch, sequence, steps in (
+            ("reference batch", options.rows, options.sequence, options.steps),
+            ("one row of 8 tokens", 1, 8, 20 * options.steps),
+        ):
+            words = [str(path), f"0:{half},{half}:{options.layers}", str(options.threads), str(batch), str(sequence)]
             with contextlib.ExitStack() as stack:
                 sides = {name: Side(where, script, words) for name, where in (("this", ROOT), (options.commit, tree))}
                 for side in sides.values():
@@ -97,13 +103,12 @@ def measure(options: argparse.Namespace, path: Path, directory: Path) -> list[di
                         said = {"bench": "against", "turn": turn, "what": what, "side": name, "step_s": round(seconds[name][-1], 4)}
                         print(json.dumps(said), flush=True)
             ratios = [this / other for this, other in zip(seconds["this"], seconds[options.commit], strict=True)]
+            series[what] = (list(range(1, options.rounds + 1)), ratios)
             rows += [
                 {"figure": f"{what}: step of this commit, s", "value": round(statistics.median(seconds["this"]), 4)},
                 {"figure": f"{what}: step of {options.commit}, s", "value": round(statistics.median(seconds[options.commit]), 4)},
                 {"figure": f"{what}: this / {options.commit}, median of {options.rounds} turns", "value": round(statistics.median(ratios), 4)},
-                {
-                    "figure": f"{what}: the middle half of those ratios",
-                    "value": " to ".join(f"{each:.3f}" for each in statistics.quantiles(ratios, n=4)[::2]),
-                },
+                {"figure": f"{what}: the middle half of those ratios", "value": middle_half(ratios)},
             ]
-    return rows
+    panel = Panel(f"seconds of a step, this / {options.commit}", series=series, x=TURN, y="ratio", rule=1.0)
+    return Report("against", "bench_against", f"{setting(options)}, 2 servers, against {options.commit}", rows, [panel])

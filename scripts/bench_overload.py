@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from bench_model import reference_model
+from bench_report import Panel, Report
 
 import swarmtune
 
 ROOT = Path(__file__).resolve().parent.parent
+HIDDEN, LAYERS = 256, 4
 CLIENTS = (1, 2, 4, 8, 16)
 ROWS, TOKENS, SECONDS, PER_PROCESS = 2, 64, 8.0, 8
 
@@ -65,12 +68,13 @@ if __name__ == "__main__":
 """
 
 
-def measure(path: Path, directory: Path, layers: int, threads: int | None) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, directory: Path) -> Report:
     """One row per number of clients."""
+    path = reference_model(HIDDEN, LAYERS, directory / "model")
     script = directory / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     runs = []
-    with swarmtune.LocalSwarm(path, [f"0:{layers // 2}", f"{layers // 2}:{layers}"], dtype="float32", threads=threads) as local:
+    with swarmtune.LocalSwarm(path, [f"0:{LAYERS // 2}", f"{LAYERS // 2}:{LAYERS}"], dtype="float32", threads=options.threads) as local:
         for clients in CLIENTS:
             found = _train(script, path, local.initial_peers, clients)
             rates = [each["tok_s"] for each in found]
@@ -87,7 +91,7 @@ def measure(path: Path, directory: Path, layers: int, threads: int | None) -> li
             print(json.dumps({"bench": "overload", **run}), flush=True)
             runs.append(run)
     peak = max(run["tok_s"] for run in runs)
-    return [
+    rows = [
         {
             "figure": f"{run['clients']} clients: tok/s, share of the peak, Jain's fairness",
             "value": f"{run['tok_s']}, {run['tok_s'] / peak:.3f}, {run['fairness']}; {run['retries']} retries, {run['busy']} busy, "
@@ -95,6 +99,9 @@ def measure(path: Path, directory: Path, layers: int, threads: int | None) -> li
         }
         for run in runs
     ]
+    panel = Panel("done together", series={"tok/s": (CLIENTS, [run["tok_s"] for run in runs])}, x="clients", y="tokens/s")
+    says = f"overload, float32, 2 servers of 2 blocks of hidden size {HIDDEN}, {ROWS} x {TOKENS} tokens per client"
+    return Report("overload", "bench_overload", says, rows, [panel])
 
 
 def _train(script: Path, path: Path, addresses: list[str] | tuple[str, ...], clients: int) -> list[dict[str, Any]]:
@@ -124,8 +131,3 @@ def _train(script: Path, path: Path, addresses: list[str] | tuple[str, ...], cli
             process.kill()
             process.wait()
     return [each for answer in answers for each in answer]
-
-
-def settings(options: argparse.Namespace) -> None:
-    """The small model of this measurement."""
-    options.hidden, options.layers, options.servers = 256, 4, 2
