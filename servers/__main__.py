@@ -150,6 +150,7 @@ async def _work(
     reachable = await _reach(node, config.initial_peers)
     await directory.start(node.p2p, reachable, client=False)
     node.rebuilt.append(lambda: directory.rebind(node.p2p))
+    handler.deliver = node.call
     await node.serve(handler, handler.gone)
     _say_ready(config, handler.info, node.addresses)
     if parent is not None:

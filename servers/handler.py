@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+from torch import Tensor
+
 from servers.executor import Busy, Executor, Expired
 from servers.graphs import GraphGone, Graphs
+from servers.mailbox import Mailbox
 from servers.span import PREFIX, Span
 from servers.stored import HOLD_S, StoredTensors
 from swarmtune.errors import NonFinite, UsageError, WireError
+from swarmtune.transport.base import TransportError
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.initial import InitialCall
@@ -30,13 +34,17 @@ from swarmtune.wire.messages import (
     SpanCall,
     SpanResult,
     TensorsMissing,
+    integer,
     references,
 )
+from swarmtune.wire.relay import PASSES_ON, Delivery, Relay, Send, take_relay, with_tensor
 
 logger = logging.getLogger(__name__)
 
 BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 0, 1, 2
 """Of one client, backwards go first: they end work that others wait for, and free memory. Jobs of one priority take about as long as each other."""
+PASS_ON_S = 20.0
+"""How long a delivery to the next server may take; after that the caller gets what was to be delivered."""
 CALLS = (CallKind.FORWARD, CallKind.BACKWARD, CallKind.KEPT_BACKWARD, CallKind.INITIAL)
 """What is done on the device."""
 
@@ -51,6 +59,8 @@ class CallHandler:
 
     Attributes:
         tensors: what clients have sent before.
+        mailbox: what other servers deliver.
+        deliver: calls another server, by its peer id; ``None`` where this one cannot.
         draining: refuse new work, finish what is in flight.
         calls: forwards and backwards done so far.
         tokens: rows times sequence length of those calls.
@@ -61,7 +71,8 @@ class CallHandler:
         self._info, self._span, self._executor = info, span, executor
         self._max_tokens, self._max_sequence = max_tokens, max_sequence
         self._rate_tok_s = 0.0
-        self.tensors = StoredTensors()
+        self.tensors, self.mailbox = StoredTensors(), Mailbox()
+        self.deliver: Callable[[str, Encoded, float], Awaitable[Incoming]] | None = None
         self.draining = False
         self.in_flight = 0
         self.calls = self.tokens = self.refused = 0
@@ -69,7 +80,11 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=(KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS))
+        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=self._features())
+
+    def _features(self) -> tuple[str, ...]:
+        own = (KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS)
+        return own if self.deliver is None else (*own, PASSES_ON)
 
     @property
     def graphs(self) -> Graphs:
@@ -112,38 +127,73 @@ class CallHandler:
     async def _dispatch(self, peer: str, message: Message) -> Message:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
+        if message.kind == CallKind.DELIVER:
+            if await self.mailbox.deliver(peer, Delivery.from_message(message)):
+                return Message("delivered")
+            return Fault(FaultCode.NOT_HERE, "no call waits for this delivery").to_message()
         if message.kind not in CALLS:
             why = f"this server (swarmtune {self._info.version}) knows no call {message.kind[:40]!r}: update the older of the two sides"
             return Fault(FaultCode.UNSUPPORTED, why).to_message()
         if self.draining:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
-        call = await self._read(peer, message)
+        self.in_flight += 1
+        try:
+            return await self._do(peer, *take_relay(message))
+        finally:
+            self.in_flight -= 1
+
+    async def _do(self, peer: str, message: Message, relay: Relay) -> Message:
+        """Get everything that the call needs, run it, pass on what is to be passed on."""
+        shared = await self._shared(peer, message)
+        if relay.receive is not None:
+            remaining_ms = integer(message.fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32)
+            began = time.monotonic()
+            try:
+                message = with_tensor(message, await self.mailbox.receive(peer, relay.receive, remaining_ms / 1000))
+            except TimeoutError:
+                return Fault(FaultCode.EXPIRED, "what the call was to receive did not come in time").to_message()
+            left_ms = remaining_ms - int((time.monotonic() - began) * 1000)
+            message = replace(message, fields={**message.fields, "remaining_ms": max(1, left_ms)})
+        call: SpanCall | KeptCall | InitialCall
+        if message.kind == CallKind.INITIAL:
+            call = InitialCall.from_message(message)
+        else:
+            call = KeptCall.from_message(message) if message.kind == CallKind.KEPT_BACKWARD else SpanCall.from_message(message, shared)
         if call.model != self._info.model or not self._info.span.covers(call.span):
             held = f"this server holds blocks {self._info.span} of model {self._info.model}"
             return Fault(FaultCode.NOT_HERE, f"{held}, the call is for {call.span} of {call.model[:40]}").to_message()
         if isinstance(call, SpanCall):
             self._check_size(call)
-        self.in_flight += 1
-        try:
-            if isinstance(call, InitialCall):
-                run = partial(self._span.initial, call)
-                values = await self._executor.submit(run, priority=INITIAL_PRIORITY, timeout_s=call.remaining_ms / 1000, client=peer)
-                return values.to_message()
-            return await self._execute(peer, call)
-        finally:
-            self.in_flight -= 1
+        if isinstance(call, InitialCall):
+            run = partial(self._span.initial, call)
+            values = await self._executor.submit(run, priority=INITIAL_PRIORITY, timeout_s=call.remaining_ms / 1000, client=peer)
+            return values.to_message()
+        result = await self._execute(peer, call)
+        return (await self._pass_on(result, relay.send, call.remaining_ms / 1000) if relay.send is not None else result).to_message()
 
-    async def _read(self, peer: str, message: Message) -> SpanCall | KeptCall | InitialCall:
-        """Check the message; what it leaves out was sent before, and what it brings under a digest is kept for later."""
-        if message.kind == CallKind.INITIAL:
-            return InitialCall.from_message(message)
-        if message.kind == CallKind.KEPT_BACKWARD:
-            return KeptCall.from_message(message)
-        left_out = references(message)
-        call = SpanCall.from_message(message, await self.tensors.wait_for(peer, left_out, HOLD_S) if left_out else None)
-        if brought := {kwarg.digest: kwarg.tensor for kwarg in call.kwargs if kwarg.digest and kwarg.carried}:
+    async def _pass_on(self, result: SpanResult, send: Send, timeout_s: float) -> SpanResult:
+        """Deliver the hidden states, or their gradient, to the next server; what cannot be delivered goes back to the caller instead."""
+        if result.hidden_BTH is None or self.deliver is None:
+            return result
+        try:
+            request = encode(Delivery(send.token, result.hidden_BTH).to_message(), answer_bytes=0)
+            answer = decode(await self.deliver(send.peer, request, min(timeout_s, PASS_ON_S)))
+        except (TransportError, WireError) as error:
+            logger.info("could not pass on to %s: %s", send.peer, one_line(str(error)))
+            return result
+        if answer.kind != "delivered":
+            logger.info("could not pass on to %s: it did not take the delivery", send.peer)
+            return result
+        return replace(result, hidden_BTH=None, sent=True)
+
+    async def _shared(self, peer: str, message: Message) -> Mapping[str, Tensor]:
+        """Keep what the message brings under a digest, and find what it leaves out, because it was sent before."""
+        if message.kind not in (CallKind.FORWARD, CallKind.BACKWARD):
+            return {}
+        brought, left_out = references(message)
+        if brought:
             self.tensors.put(peer, brought)
-        return call
+        return await self.tensors.wait_for(peer, left_out, HOLD_S) if left_out else {}
 
     def _check_size(self, call: SpanCall) -> None:
         batch, sequence = call.hidden_BTH.shape[:2]
@@ -155,7 +205,7 @@ class CallHandler:
                 + ": lower micro_batch_tokens or the sequence length, or raise the server's max_tokens and max_sequence"
             )
 
-    async def _execute(self, peer: str, call: SpanCall | KeptCall) -> Message:
+    async def _execute(self, peer: str, call: SpanCall | KeptCall) -> SpanResult:
         if isinstance(call, KeptCall):
             run, priority, shape = partial(self._span.kept_backward, call, peer), BACKWARD_PRIORITY, call.grad_BTH.shape
         elif call.grad_BTH is not None:
@@ -167,7 +217,7 @@ class CallHandler:
         result = await self._executor.submit(job, priority=priority, timeout_s=call.remaining_ms / 1000, client=peer)
         self.calls += 1
         self.tokens += tokens
-        return result.to_message()
+        return result
 
     def _timed(self, run: Callable[[], SpanResult], token_blocks: int, arrived: float) -> Callable[[], SpanResult]:
         def job() -> SpanResult:

@@ -26,7 +26,7 @@ from swarmtune.remote.chain import Chain, ChainSettings
 from swarmtune.remote.ledger import Ledger
 from swarmtune.remote.route import Directory
 from swarmtune.remote.verdict import Verdict, judge_lines
-from swarmtune.transport.loopback import LoopbackTransport, Streams
+from swarmtune.transport.loopback import CLIENT, LoopbackTransport, Streams
 from tests.harness import HandlerDiscovery, batch, loopback, lora, make_handler, remote, set_values, step
 
 LATENCY_S = 0.005
@@ -134,9 +134,10 @@ class World(LoopbackTransport):
         self.armed, self.points, self.struck = False, 0, 0
         self.senders: list[str] = []
 
-    async def _streams(self, peer: str) -> tuple[Streams, Streams]:
-        link = Link(self, peer)
-        self._links[peer].append(link)
+    async def _streams(self, caller: str, peer: str) -> tuple[Streams, Streams]:
+        link = Link(self, caller, peer)
+        for end in {caller, peer} & set(self._links):
+            self._links[end].append(link)
         return link.ends[0].streams(), link.ends[1].streams()
 
     def faults_of(self, end: End) -> list[Fault]:
@@ -145,7 +146,7 @@ class World(LoopbackTransport):
             return []
         found = self._faults.pop(self.points, [])
         self.points += 1
-        self.senders.append(f"{end.link.peer} {'server' if end.number else 'client'}")
+        self.senders.append(f"{end.link.peer} {'server' if end.number else end.link.caller}")
         self.struck += len(found)
         return found
 
@@ -168,9 +169,17 @@ class World(LoopbackTransport):
 class Link:
     """One connection: what one end writes arrives at the other, in order, a little later."""
 
-    def __init__(self, world: World, peer: str) -> None:
-        self.world, self.peer, self.stalled_until = world, peer, 0.0
+    def __init__(self, world: World, caller: str, peer: str) -> None:
+        self.world, self.caller, self.peer, self.stalled_until = world, caller, peer, 0.0
         self.ends = (End(self, 0), End(self, 1))
+
+    def held_until(self) -> float:
+        """When what is on the way may arrive, where a frozen end or a stall holds it."""
+        return max(self.stalled_until, self.world.frozen_until(self.peer), self.world.frozen_until(self.caller))
+
+    def struck(self, writer: int) -> str:
+        """The server that a fault at a write meets: between two servers the one that is to read."""
+        return self.caller if writer and self.caller != CLIENT else self.peer
 
     def cut(self) -> None:
         for end in self.ends:
@@ -209,7 +218,7 @@ class End(asyncio.Transport):
         world, at = self.link.world, self._loop.time()
         match fault.kind:
             case "kill":
-                self._loop.call_later(LATENCY_S, world.die, self.link.peer)
+                self._loop.call_later(LATENCY_S, world.die, self.link.struck(self.number))
                 return 1e9  # what was not sent before never is
             case "cut":
                 self._loop.call_later(LATENCY_S, self.link.cut)
@@ -217,7 +226,7 @@ class End(asyncio.Transport):
             case "stall":
                 self.link.stalled_until = at + STALL_S
             case "freeze":
-                world.freeze(self.link.peer, at + FREEZE_S)
+                world.freeze(self.link.struck(self.number), at + FREEZE_S)
             case "late":
                 return late_s + LATE_S
             case "duplicate":
@@ -237,12 +246,12 @@ class End(asyncio.Transport):
         if self._delivering or not self._arriving or self._gone:
             return
         self._delivering = True
-        due = max(self._arriving[0][0], self.link.stalled_until, self.link.world.frozen_until(self.link.peer))
+        due = max(self._arriving[0][0], self.link.held_until())
         self._loop.call_at(due, self._deliver)
 
     def _deliver(self) -> None:
         self._delivering = False
-        held_until = max(self.link.stalled_until, self.link.world.frozen_until(self.link.peer))
+        held_until = self.link.held_until()
         if self._arriving and not self._gone and self._loop.time() >= held_until:
             _, data = self._arriving.popleft()
             self.protocol.data_received(data)

@@ -89,12 +89,32 @@ class KeptGraph:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one server of a chain has run."""
+
+    span: BlockSpan
+    kept: KeptGraph
+
+
+@dataclass(frozen=True, slots=True)
 class Leg:
-    """A part of a route that has run forward: its blocks, the hidden states that entered them, and the graph, where its server has kept it."""
+    """A part of a route that has run forward.
+
+    Attributes:
+        span: its blocks.
+        hidden_BTH: what entered them.
+        kept: the graph, where its server has kept it.
+        parts: of a chain of servers that handed the hidden states on: whose blocks were whose.
+    """
 
     span: BlockSpan
     hidden_BTH: Tensor
     kept: KeptGraph | None = None
+    parts: tuple[Part, ...] = ()
+
+    def graphs(self) -> list[KeptGraph]:
+        """All that has been left behind."""
+        return [part.kept for part in self.parts] + ([self.kept] if self.kept is not None else [])
 
 
 def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from swarmtune.errors import (
@@ -28,6 +29,7 @@ from swarmtune.remote.totals import ChainCounters, ServerTotals, label_of
 from swarmtune.remote.uploads import Uploads, without_digests
 from swarmtune.transport.base import NodeLost, Transport, TransportError
 from swarmtune.transport.clock import now
+from swarmtune.types import BlockSpan
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.frames import Incoming
 from swarmtune.wire.kept import KeptCall
@@ -38,9 +40,11 @@ from swarmtune.wire.messages import (
     STORES_TENSORS,
     Fault,
     FaultCode,
+    ServerTimes,
     SpanCall,
     SpanResult,
 )
+from swarmtune.wire.relay import Delivery, Receive, Relay, Send, new_token, with_relay
 
 logger = logging.getLogger(__name__)
 RETRY_BUSY_S = 1.0
@@ -95,35 +99,103 @@ class Caller:
         Raises:
             PeerFault: it failed in a way that another server may not.
         """
-        began, tokens, within_s = now(), purpose.tokens, self._call_timeout_s
-        self.totals(hop.peer)  # from here on it has a label
-        self._notice_move(hop)
-        usual_s = self._times.limit_s(purpose.way, hop.span, tokens)
-        limit_s = None if usual_s is None else min(within_s, usual_s * purpose.allowance)
-        number = purpose.page.ask(purpose.micro, purpose.way, hop.span, hop.peer, within_s, purpose.replay)
+        (result,) = await self.pass_through([hop], [call], purpose, [kept])
+        return result
+
+    async def pass_through(
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], purpose: Purpose, kept: Sequence[KeptGraph | None]
+    ) -> list[SpanResult]:
+        """The same on several servers, each of which hands its hidden states, or their gradient, to the next; only the last returns them.
+
+        Where a server cannot reach the next one, what it was to hand on comes here and goes there from here. All of it counts, or nothing.
+
+        Args:
+            hops: the servers, in the order in which the tensor goes.
+            calls: one for each; all hold the first one's tensor, for its shape.
+            purpose: what this is for.
+            kept: for each, the graph that its backward goes through.
+
+        Raises:
+            PeerFault: one of them failed in a way that another server may not.
+        """
+        began, tokens = now(), purpose.tokens
+        for hop in hops:
+            self.totals(hop.peer)  # from here on it has a label
+            self._notice_move(hop)
+        whole = BlockSpan(min(hop.span.start for hop in hops), max(hop.span.stop for hop in hops))
+        usual_s = self._times.limit_s(purpose.way, whole, tokens)
+        limit_s = None if usual_s is None else min(self._call_timeout_s, usual_s * purpose.allowance)
+        numbers = [purpose.page.ask(purpose.micro, purpose.way, hop.span, hop.peer, self._call_timeout_s, purpose.replay) for hop in hops]
         try:
-            self._check_same(hop)
-            message = self._message(hop, call, kept)
-            reply, answer = await self.exchange(hop, message, call.answer_bytes, limit_s)
-            self._check_same(hop)
-            result = _result(reply, call, hop)
+            for hop in hops:
+                self._check_same(hop)
+            answers = await self._answers(hops, calls, kept, limit_s)
+            for hop in hops:
+                self._check_same(hop)
         except BaseException as error:
+            self._failed(error, hops, calls, purpose, numbers, now() - began)
+            raise
+        seconds = now() - began
+        for number, hop in zip(numbers, hops, strict=True):
+            purpose.page.accept(number, purpose.micro, hop.span, purpose.replay)
+        self._times.add(purpose.way, whole, tokens, seconds)
+        shares = _shares([result.times for result, _ in answers])
+        for hop, (result, answer), share in zip(hops, answers, shares, strict=True):
+            self.totals(hop.peer).add(seconds * share, result.times, answer)
+            self._directory.succeeded(hop, seconds * share, tokens)
+        return [result for result, _ in answers]
+
+    async def _answers(
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None
+    ) -> list[tuple[SpanResult, Incoming]]:
+        """Ask all at once; the first that fails ends the others."""
+        tokens = [new_token() for _ in hops[1:]]
+        done: set[int] = set()
+
+        async def one(index: int) -> tuple[SpanResult, Incoming]:
+            hop, call, last = hops[index], calls[index], index == len(hops) - 1
+            moving = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
+            receive = Receive(tokens[index - 1], hops[index - 1].peer, moving.nbytes) if index else None
+            send = None if last else Send(hops[index + 1].peer, tokens[index])
+            message = with_relay(self._message(hop, call, kept[index]), Relay(receive, send))
+            reply, answer = await self.exchange(hop, message, call.answer_bytes)
+            result = _result(reply, call, hop, passes_on=not last)
+            if not last and not result.sent:
+                assert result.hidden_BTH is not None, "a result holds what it did not send"
+                self._directory.apart(hop.peer, hops[index + 1].peer)
+                await self.exchange(hops[index + 1], Delivery(tokens[index], result.hidden_BTH).to_message(), 0)
+            done.add(index)
+            return result, answer
+
+        def slowest() -> Hop:
+            return next(hop for index, hop in enumerate(hops) if index not in done)
+
+        async with _slow_limit(self._directory, slowest, limit_s):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(index)) for index in range(len(hops))]
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from failures.exceptions[0].__cause__
+        return [task.result() for task in tasks]
+
+    def _failed(
+        self, error: BaseException, hops: Sequence[Hop], calls: Sequence[SpanCall], purpose: Purpose, numbers: Sequence[int], seconds: float
+    ) -> None:
+        """Put down what went wrong, and at whom."""
+        for number, hop, call in zip(numbers, hops, calls, strict=True):
             purpose.page.fail(number, f"{type(error).__name__}: {error}")
             self._uploads.failed(hop.peer, call)
-            if isinstance(error, TensorsLost):
-                self._uploads.missed(hop.peer)
-            if isinstance(error, PeerFault):
-                self._count(error, hop, now() - began)
-            if isinstance(error, PeerSlow):
-                self._times.add(purpose.way, hop.span, tokens, now() - began)
-                self._directory.slow(hop, now() - began, tokens)
-            raise
-        purpose.page.accept(number, purpose.micro, hop.span, purpose.replay)
-        seconds = now() - began
-        self.totals(hop.peer).add(seconds, result.times, answer)
-        self._times.add(purpose.way, hop.span, tokens, seconds)
-        self._directory.succeeded(hop, seconds, tokens)
-        return result
+        if not isinstance(error, PeerFault):
+            return
+        hop = next(hop for hop in hops if hop.peer == error.peer)
+        self._count(error, hop, seconds)
+        if isinstance(error, TensorsLost):
+            self._uploads.missed(hop.peer)
+        if isinstance(error, PeerSlow):
+            self._times.add(
+                purpose.way, BlockSpan(min(each.span.start for each in hops), max(each.span.stop for each in hops)), purpose.tokens, seconds
+            )
+            self._directory.slow(hop, seconds, purpose.tokens)
 
     def _message(self, hop: Hop, call: SpanCall, kept: KeptGraph | None) -> Message:
         remaining_ms = self.remaining_ms()
@@ -188,14 +260,13 @@ class Caller:
         """How long a call that begins now may take."""
         return max(1, int(self._call_timeout_s * 1000))
 
-    async def exchange(self, hop: Hop, message: Message, answer_bytes: int, limit_s: float | None) -> tuple[Message, Incoming]:
+    async def exchange(self, hop: Hop, message: Message, answer_bytes: int) -> tuple[Message, Incoming]:
         """One message to one server, and its answer, which is no fault.
 
         Args:
             hop: the server, and the blocks.
             message: what to ask.
             answer_bytes: the largest body that the answer may have.
-            limit_s: after which another server is asked, where there is one.
 
         Raises:
             PeerFault: it failed in a way that another server may not.
@@ -205,20 +276,13 @@ class Caller:
         totals.calls += 1
         request = encode(message, answer_bytes=answer_bytes)
         totals.bytes_up += len(request.header) + request.body_bytes
-        self.counters.carried("up", message.kind, message)
+        self.counters.carried("up", message)
         try:
-            async with asyncio.timeout(None) as scope:
-                watch = _SlowWatch(scope, self._directory, hop, limit_s)
-                try:
-                    answer = await self._transport.call(hop.peer, request, self._call_timeout_s)
-                finally:
-                    watch.stop()
+            answer = await self._transport.call(hop.peer, request, self._call_timeout_s)
             reply = decode(answer)
-            self.counters.carried("down", message.kind, reply)
+            self.counters.carried("down", reply, message.kind)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
-        except TimeoutError as error:
-            raise PeerSlow(hop.peer, hop.span, f"no answer within {watch.after_s:.1f} s, which is long for such a call") from error
         except NodeLost as error:
             raise PeerCutOff(hop.peer, hop.span, str(error)) from error
         except TransportError as error:
@@ -242,31 +306,45 @@ class Caller:
         return totals.label if totals is not None else peer[-6:]
 
 
-class _SlowWatch:
-    """Ends a call that takes longer than its like, as soon as another server can do it; where none can, it goes on."""
+@contextlib.asynccontextmanager
+async def _slow_limit(directory: Directory, slowest: Callable[[], Hop], limit_s: float | None) -> AsyncIterator[None]:
+    """Ends calls that take longer than their like, as soon as another server can do what is missing; where none can, they go on.
 
-    def __init__(self, scope: asyncio.Timeout, directory: Directory, hop: Hop, limit_s: float | None) -> None:
-        self._scope, self._directory, self._hop = scope, directory, hop
-        self._loop, self._began = asyncio.get_running_loop(), now()
-        self._handle = None if limit_s is None else self._loop.call_later(limit_s, self._look)
-        self.after_s = 0.0
+    Raises:
+        PeerSlow: that happened.
+    """
+    loop, began = asyncio.get_running_loop(), now()
+    handle: asyncio.TimerHandle | None = None
 
-    def _look(self) -> None:
-        if not self._directory.blind and self._directory.others_can(self._hop):
-            self.after_s = self._loop.time() - self._began
-            self._scope.reschedule(self._loop.time())
+    def look() -> None:
+        nonlocal handle
+        if not directory.blind and directory.others_can(slowest()):
+            scope.reschedule(loop.time())
         else:
-            self._handle = self._loop.call_later(RECHECK_S, self._look)
+            handle = loop.call_later(RECHECK_S, look)
 
-    def stop(self) -> None:
-        """The call is over."""
-        if self._handle is not None:
-            self._handle.cancel()
-
-
-def _result(reply: Message, call: SpanCall, hop: Hop) -> SpanResult:
     try:
-        return SpanResult.from_message(reply, call)
+        async with asyncio.timeout(None) as scope:
+            handle = None if limit_s is None else loop.call_later(limit_s, look)
+            try:
+                yield
+            finally:
+                if handle is not None:
+                    handle.cancel()
+    except TimeoutError as error:
+        hop = slowest()
+        raise PeerSlow(hop.peer, hop.span, f"no answer within {now() - began:.1f} s, which is long for such a call") from error
+
+
+def _shares(times: Sequence[ServerTimes | None]) -> list[float]:
+    """How the time of a chain is divided among its servers: by what they say, since nothing else is known; their sum is what passed."""
+    said = [each.queue_us + each.compute_us if each is not None else 0 for each in times]
+    return [each / sum(said) for each in said] if all(said) else [1 / len(said)] * len(said)
+
+
+def _result(reply: Message, call: SpanCall, hop: Hop, passes_on: bool = False) -> SpanResult:
+    try:
+        return SpanResult.from_message(reply, call, passes_on)
     except WireError as error:
         raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
 

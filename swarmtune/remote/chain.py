@@ -7,6 +7,7 @@ used exactly once. Micro-batches are a pure function of configuration and batch 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Coroutine, Sequence
@@ -27,7 +28,7 @@ from swarmtune.errors import (
     TensorsLost,
     WireError,
 )
-from swarmtune.remote.batch import Batch, KeptGraph, Leg
+from swarmtune.remote.batch import Batch, KeptGraph, Leg, Part
 from swarmtune.remote.caller import RECHECK_S, Caller, Purpose
 from swarmtune.remote.deadlines import Patience
 from swarmtune.remote.events import EventKind, SwarmStatus, Waiting
@@ -38,7 +39,7 @@ from swarmtune.transport.base import Transport
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import SUMS_GRADIENTS, AdapterSpec, SpanCall
+from swarmtune.wire.messages import SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,6 +47,8 @@ WAIT_S = 0.25
 """How often a call that finds nobody looks again."""
 TELL_EVERY_S = 5.0
 """How often it says so."""
+MAX_CHAINS = 16
+"""Chains under way at once: each has a call open at each of its servers, and a connection must have room for deliveries beside them."""
 SEEN_S = 0.5
 """A busy server is waited for silently below this."""
 INITIAL_ELEMENTS = 1 << 25
@@ -61,12 +64,14 @@ class ChainSettings:
         max_in_flight: micro-batches under way at once.
         patience_s: how long to look for a server before giving up.
         call_timeout_s: how long one call to a live server may take.
+        chaining: servers hand hidden states on to each other, where they can.
     """
 
     micro_batch_tokens: int = 4096
     max_in_flight: int = 4
     patience_s: float = 30.0
     call_timeout_s: float = 300.0
+    chaining: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +81,7 @@ class _Work:
     Attributes:
         replay: run forward again only for its boundaries, so nothing of it is counted.
         input_grad: of a forward, whether its backward will ask for the gradient by the input; ``None`` where there will be none.
+        chaining: servers may hand on to each other; not after that has failed.
     """
 
     batch: Batch
@@ -84,6 +90,7 @@ class _Work:
     patience: Patience
     replay: bool = False
     input_grad: bool | None = None
+    chaining: bool = False
 
     @property
     def purpose(self) -> Purpose:
@@ -106,7 +113,7 @@ class Chain:
         self.ledger = ledger or Ledger()
         self.caller = Caller(transport, directory, settings.call_timeout_s)
         self.counters, self.events = self.caller.counters, self.caller.events
-        self._passes = 0
+        self._passes, self._chains = 0, asyncio.Semaphore(MAX_CHAINS)
         self._waits, self._told_at = 0, -math.inf
 
     @property
@@ -129,7 +136,7 @@ class Chain:
         """
         page.begin("forward")
         whole = BlockSpan(0, self._directory.num_blocks)
-        works = [_Work(batch, page, "forward", self._patience(), input_grad=input_grad) for batch in micro]
+        works = [_Work(batch, page, "forward", self._patience(), input_grad=input_grad, chaining=self.settings.chaining) for batch in micro]
         found = await self._all(page, "forward", [self._forward_span(work, whole, work.batch.hidden_BTH) for work in works])
         page.end("forward")
         return found
@@ -144,7 +151,7 @@ class Chain:
         """
         lowest = 0 if input_grad else min((plan.blocks.start for plan in micro[0].plans if plan.requires_grad), default=self._directory.num_blocks)
         page.begin("backward", lowest)
-        works = [_Work(batch, page, "backward", self._patience()) for batch in micro]
+        works = [_Work(batch, page, "backward", self._patience(), chaining=self.settings.chaining) for batch in micro]
         self._passes += 1
         found = PassGradients(micro[0].plans, legs, self._passes)
         walks = [self._backward_legs(work, own, grad, input_grad, found) for work, own, grad in zip(works, legs, grads, strict=True)]
@@ -157,7 +164,7 @@ class Chain:
     async def _backward_again(self, lost: Withheld, page: Page, found: PassGradients) -> None:
         """The gradients by kwargs of a backward whose server was to add them, and cannot any more."""
         work = _Work(lost.batch, page, "backward", self._patience(), replay=True)
-        await self._backward_leg(work, replace(lost.leg, kept=None), lost.grad_BTH, False, found)
+        await self._backward_leg(work, replace(lost.leg, kept=None, parts=()), lost.grad_BTH, False, found)
 
     def status(self) -> SwarmStatus:
         """What goes on now, for people; from any thread."""
@@ -203,7 +210,7 @@ class Chain:
                 tuple(shapes[index] for index in wanted),
             )
             try:
-                reply, _ = await self.caller.exchange(hop, call.to_message(), call.answer_bytes, None)
+                reply, _ = await self.caller.exchange(hop, call.to_message(), call.answer_bytes)
                 values = InitialResult.from_message(reply, call).values
             except WireError as error:
                 self._after(PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}"), patience)
@@ -244,17 +251,29 @@ class Chain:
         legs: list[Leg] = []
         position, work = span.start, replace(work, patience=self._patience())  # from now on, not since it was planned
         while position < span.stop:
-            hop = (await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience))[0]
+            hops = await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience)
+            hops = hops if work.chaining and self._directory.in_touch(hops) else hops[:1]
+            calls = [work.forward_call(hop.span, hidden_BTH, self._directory.model) for hop in hops]
             try:
-                result = await self.caller.call(hop, work.forward_call(hop.span, hidden_BTH, self._directory.model), work.purpose)
+                async with self._chains if len(hops) > 1 else contextlib.nullcontext():
+                    results = await self.caller.pass_through(hops, calls, work.purpose, [None] * len(hops))
             except PeerFault as fault:
                 self._after(fault, work.patience)
+                work = replace(work, chaining=False)
                 continue
-            assert result.hidden_BTH is not None
-            kept = KeptGraph(hop.peer, result.handle, self._transport.generation(hop.peer)) if result.handle else None
-            legs.append(Leg(hop.span, hidden_BTH, kept))
-            hidden_BTH, position, work = result.hidden_BTH, hop.span.stop, replace(work, patience=self._patience())
+            legs.append(self._leg(hops, hidden_BTH, [result.handle for result in results]))
+            position, work = hops[-1].span.stop, replace(work, patience=self._patience())
+            hidden_BTH = _present(results[-1].hidden_BTH)
         return legs, hidden_BTH
+
+    def _leg(self, hops: Sequence[Hop], hidden_BTH: Tensor, handles: Sequence[int]) -> Leg:
+        """What has run, and what of it was kept: of a chain all, or it cannot be gone through backwards."""
+        kept = [KeptGraph(hop.peer, handle, self._transport.generation(hop.peer)) for hop, handle in zip(hops, handles, strict=True) if handle]
+        span = BlockSpan(hops[0].span.start, hops[-1].span.stop)
+        if len(hops) == 1:
+            return Leg(span, hidden_BTH, kept[0] if kept else None)
+        spans = {hop.peer: hop.span for hop in hops}
+        return Leg(span, hidden_BTH, None, tuple(Part(spans[graph.peer], graph) for graph in kept))
 
     async def _backward_legs(self, work: _Work, legs: Sequence[Leg], grad_BTH: Tensor, input_grad: bool, found: PassGradients) -> Tensor | None:
         """Walk the legs back to front, as far as anything below still needs a gradient; the gradient by the input, where that is wanted."""
@@ -264,8 +283,41 @@ class Chain:
                 return None
             assert grad is not None
             deeper = input_grad or (leg.span.start > 0 and work.batch.trains(BlockSpan(0, leg.span.start)))
-            grad = await self._backward_leg(replace(work, patience=self._patience()), leg, grad, deeper, found)
+            work = replace(work, patience=self._patience())
+            if leg.parts and (back := await self._backward_chain(work, leg, grad, deeper, found)) is not None:
+                grad = back.hidden_BTH
+            else:
+                grad = await self._backward_leg(work, leg, grad, deeper, found)
         return grad
+
+    async def _backward_chain(self, work: _Work, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: PassGradients) -> SpanResult | None:
+        """Back through the graphs that the servers of ``leg`` have kept, from one to the next; ``None`` where that cannot be done any more."""
+        needed, position = [], leg.span.stop
+        for part in reversed(leg.parts):
+            if part.span.stop == position and (input_grad or work.batch.trains(BlockSpan(leg.span.start, part.span.stop))):
+                needed.append(part)
+                position = part.span.start
+        if position > leg.span.start and (input_grad or work.batch.trains(BlockSpan(leg.span.start, position))):
+            return None  # somewhere a graph was not kept
+        hops = [self._directory.holder(part.kept.peer, part.span) for part in needed if self.caller.is_open(part.kept)]
+        route = [hop for hop in hops if hop is not None]
+        if not work.chaining or len(route) < len(needed) or not self._directory.in_touch(route):
+            return None
+        model, calls = self._directory.model, []
+        for part in needed:
+            deeper = input_grad or (part.span.start > leg.span.start and work.batch.trains(BlockSpan(leg.span.start, part.span.start)))
+            call = work.batch.call(part.span, leg.hidden_BTH, model, grad_BTH, deeper)
+            sums = self._directory.has(part.kept.peer, SUMS_GRADIENTS)
+            calls.append(replace(call, sum=found.wanted(work.batch.index, part.span) if sums else None))
+        try:
+            async with self._chains:
+                results = await self.caller.pass_through(route, calls, work.purpose, [part.kept for part in needed])
+        except PeerFault as fault:
+            self._after(fault, work.patience)
+            return None
+        for part, result in zip(needed, results, strict=True):
+            found.collect(work.batch, leg, grad_BTH, result, part.span)
+        return results[-1]
 
     async def _backward_leg(self, work: _Work, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: PassGradients) -> Tensor | None:
         kept = leg.kept
@@ -291,13 +343,14 @@ class Chain:
         self, work: _Work, leg: Leg, last: BlockSpan, grad_BTH: Tensor, input_grad: bool, found: PassGradients
     ) -> Tensor | None:
         """No single server holds the blocks of ``leg`` any more: run them forward again in the pieces that there are, then back through each."""
-        again = replace(work, way="forward", patience=self._patience(), replay=True, input_grad=input_grad)
+        again = replace(work, way="forward", patience=self._patience(), replay=True, input_grad=input_grad, chaining=False)
         legs, boundary_BTH = await self._forward_span(again, BlockSpan(leg.span.start, last.start), leg.hidden_BTH)
         grad: Tensor | None = grad_BTH
         for piece in reversed([*legs, Leg(last, boundary_BTH)]):
-            assert grad is not None
-            deeper = input_grad or piece.span.start > leg.span.start
-            grad = await self._backward_leg(replace(work, patience=self._patience()), piece, grad, deeper, found)
+            if not (input_grad or work.batch.trains(BlockSpan(leg.span.start, piece.span.stop))):
+                return None
+            below = piece.span.start > leg.span.start and work.batch.trains(BlockSpan(leg.span.start, piece.span.start))
+            grad = await self._backward_leg(replace(work, patience=self._patience()), piece, _present(grad), input_grad or below, found)
         return grad
 
     async def _route(self, span: BlockSpan, tokens: int, patience: Patience) -> list[Hop]:
@@ -361,6 +414,11 @@ class Chain:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
         expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff | GraphLost | TensorsLost)
         logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "what was asked for is there"
+    return tensor
 
 
 def _fitting(order: Sequence[int], names: Sequence[tuple[int, str]], shapes: Sequence[tuple[int, ...]], span: BlockSpan) -> list[int]:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swarmtune.remote.batch import Batch, KeptGraph, KwargPlan, Leg, micro_batches
+from swarmtune.remote.batch import Batch, KwargPlan, Leg, micro_batches
 from swarmtune.remote.chain import Chain
 from swarmtune.remote.guard import GradientGuard
 from swarmtune.remote.ledger import Page
 from swarmtune.transport.loop import LoopThread
-from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import AdapterSpec, DropoutSeed
 
 T = TypeVar("T")
@@ -65,24 +64,24 @@ class BodyCall:
 class Legs:
     """Where the micro-batches of one forward ran, and what was left behind there for the backward; whatever is not used is released."""
 
-    def __init__(self, call: BodyCall, ran: Sequence[Sequence[tuple[BlockSpan, KeptGraph | None]]]) -> None:
-        self._spans = [[span for span, _ in own] for own in ran]
-        self._kept = [[kept for _, kept in own] for own in ran]
-        graphs = [kept for own in self._kept for kept in own if kept is not None]
+    def __init__(self, call: BodyCall, ran: Sequence[Sequence[Leg]]) -> None:
+        self._spans = [[leg.span for leg in own] for own in ran]
+        self._left = [[(leg.kept, leg.parts) for leg in own] for own in ran]
+        graphs = [graph for own in ran for leg in own for graph in leg.graphs()]
         self._unused = weakref.finalize(self, call.loop.post, partial(call.chain.caller.release, graphs))
         self._unused.atexit = False
 
     def with_inputs(self, micro: Sequence[Batch], entered: Sequence[Tensor]) -> list[list[Leg]]:
         """Put the saved inputs back beside their spans. A graph can be gone through once, so a second backward gets none."""
         remaining = iter(entered)
-        kept, self._kept = self._kept, [[None] * len(own) for own in self._spans]
+        left, self._left = self._left, [[(None, ())] * len(own) for own in self._spans]
         self._unused.detach()
         return [
             [
-                Leg(span, batch.hidden_BTH if position == 0 else next(remaining), graph)
-                for position, (span, graph) in enumerate(zip(spans, graphs, strict=True))
+                Leg(span, batch.hidden_BTH if position == 0 else next(remaining), kept, parts)
+                for position, (span, (kept, parts)) in enumerate(zip(spans, own, strict=True))
             ]
-            for spans, graphs, batch in zip(self._spans, kept, micro, strict=True)
+            for spans, own, batch in zip(self._spans, left, micro, strict=True)
         ]
 
 
@@ -97,7 +96,7 @@ class RemoteSequential(torch.autograd.Function):
         results = call.wait(call.chain.forward(micro, page, ctx.needs_input_grad[1] if any(ctx.needs_input_grad) else None))
         if any(ctx.needs_input_grad):
             ctx.call, ctx.page = call, page
-            ctx.legs = Legs(call, [[(leg.span, leg.kept) for leg in legs] for legs, _ in results])
+            ctx.legs = Legs(call, [legs for legs, _ in results])
             # The first leg's input is a slice of hidden_BTH, so only what came back from servers is kept beside it.
             ctx.save_for_backward(hidden_BTH, *tensors, *(leg.hidden_BTH for legs, _ in results for leg in legs[1:]))
         output_BTH = torch.cat([output for _, output in results]) if len(results) > 1 else results[0][1]

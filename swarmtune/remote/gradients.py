@@ -16,7 +16,7 @@ from swarmtune.wire.messages import GradientSum, SpanResult
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Withheld:
-    """A backward that has been done, and whose gradients its server holds for the sum: what it takes to do it again."""
+    """A backward that has been done, and whose gradients a server holds for the sum: what it takes to do it again."""
 
     batch: Batch
     leg: Leg
@@ -35,26 +35,26 @@ class PassGradients:
         self._summed_spans = _one_server_each(legs) if self._count > 1 else frozenset()
         self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}
         self._sums: dict[tuple[int, int], Tensor] = {}
-        self._withheld: list[Withheld] = []
+        self._withheld: dict[tuple[int, BlockSpan], Withheld] = {}
 
     def wanted(self, micro: int, span: BlockSpan) -> GradientSum | None:
         """How to ask for the gradients of ``span``: as a sum where all micro-batches went to one server, and something can be added."""
         sums = span in self._summed_spans and any(plan.requires_grad and not plan.axes and plan.blocks.overlap(span) for plan in self._plans)
         return GradientSum(self._ticket, micro, self._count) if sums else None
 
-    def collect(self, batch: Batch, leg: Leg, grad_BTH: Tensor, result: SpanResult) -> None:
-        """File what a backward of ``leg`` has returned."""
-        for index, block, grad in batch.grads(leg.span, result):
+    def collect(self, batch: Batch, leg: Leg, grad_BTH: Tensor, result: SpanResult, span: BlockSpan | None = None) -> None:
+        """File what a backward of ``leg``, or of the part ``span`` of it, has returned; ``grad_BTH`` is the gradient by the whole leg's output."""
+        for index, block, grad in batch.grads(span or leg.span, result):
             if result.summed and not self._plans[index].axes:
                 self._sums[index, block] = grad
             else:
                 self._parts.setdefault((index, block), {})[batch.index] = grad
         if result.withheld:
-            self._withheld.append(Withheld(batch, leg, grad_BTH))
+            self._withheld.setdefault((batch.index, leg.span), Withheld(batch, leg, grad_BTH))
 
     def lacking(self) -> list[Withheld]:
         """Backwards whose gradients were held for a sum that never came: a micro-batch went elsewhere meanwhile, or the server is gone."""
-        return [each for each in self._withheld if any(key not in self._sums for key in self._shared(each.leg.span))]
+        return [each for each in self._withheld.values() if any(key not in self._sums for key in self._shared(each.leg.span))]
 
     def by_kwarg(self) -> list[Tensor | None]:
         """One gradient for each kwarg, ``None`` where none was asked for.
@@ -92,7 +92,11 @@ class PassGradients:
 
 def _one_server_each(legs: Sequence[Sequence[Leg]]) -> frozenset[BlockSpan]:
     """Spans that every micro-batch has run on the same server over the same connection, which has kept the graphs."""
-    places = [{(leg.span, leg.kept.peer, leg.kept.generation) for leg in own if leg.kept is not None} for own in legs]
+    places = [
+        {(leg.span, leg.kept.peer, leg.kept.generation) for leg in own if leg.kept is not None}
+        | {(part.span, part.kept.peer, part.kept.generation) for leg in own for part in leg.parts}
+        for own in legs
+    ]
     return frozenset(span for span, _, _ in frozenset.intersection(*map(frozenset, places)))
 
 

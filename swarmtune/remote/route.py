@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,6 +17,7 @@ from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan, gaps
 from swarmtune.wire.codec import Message, decode, encode
 from swarmtune.wire.messages import CallKind, Fault, ServerInfo
+from swarmtune.wire.relay import PASSES_ON
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ HALF_LIFE_CALLS = 50
 """A server that is not asked may have become faster, so what was measured of it fades: by half in a minute, or in the time of fifty such calls."""
 SLOW_TIMES = 3.0
 """A server that takes so many times as long as the quickest for the same blocks is called slow."""
+APART_S = 60.0
+"""After so long, two servers that could not reach each other are tried again."""
 MAX_SILENT = 32
 """So many servers that stopped answering are kept for the sentence that says why nobody serves a block."""
 MIXED = "mixed"
@@ -119,6 +124,7 @@ class Directory:
         self._used_at: dict[str, float] = {}
         self._checking: dict[str, asyncio.Task[None]] = {}
         self._silent: dict[str, str] = {}
+        self._apart: dict[tuple[str, str], float] = {}
 
     @property
     def numeric_class(self) -> str | None:
@@ -217,6 +223,15 @@ class Directory:
         """One server as the route of ``span``, if it may be asked for it now."""
         peer = self.known.get(name)
         return Hop(name, span, peer.info.numeric_class) if peer is not None and peer.usable() and peer.info.span.covers(span) else None
+
+    def apart(self, name: str, other: str) -> None:
+        """One server could not reach another one: what goes between them goes by way of us for a while."""
+        self._apart[name, other] = now() + APART_S
+
+    def in_touch(self, hops: Sequence[Hop]) -> bool:
+        """Whether each of these can hand on to the next, as far as is known."""
+        pairs = itertools.pairwise(hop.peer for hop in hops)
+        return all(self.has(hop.peer, PASSES_ON) for hop in hops) and all(now() >= self._apart.get(pair, 0.0) for pair in pairs)
 
     def has(self, name: str, feature: str) -> bool:
         """Whether a server has said that it can do something that others cannot."""

@@ -73,11 +73,12 @@ class ChainCounters:
     payload: Counter[str] = field(default_factory=Counter)
     servers: dict[str, ServerTotals] = field(default_factory=dict)
 
-    def carried(self, way: Literal["up", "down"], asked: str, message: Message) -> None:
-        """Count the tensors of a message about a call of kind ``asked``."""
-        of_gradients = way == "down" and asked in (CallKind.BACKWARD, CallKind.KEPT_BACKWARD)
+    def carried(self, way: Literal["up", "down"], message: Message, asked: str = "") -> None:
+        """Count the tensors of a message; ``asked`` is the kind of the call that it answers."""
+        of_gradients = asked in (CallKind.BACKWARD, CallKind.KEPT_BACKWARD)
+        own = {"hidden": "gradient" if of_gradients else "hidden", "grad": "gradient", "tensor": "relayed"}
         for name, tensor in message.tensors.items():
-            kind = {"hidden": "gradient" if of_gradients else "hidden", "grad": "gradient"}.get(name, "kwarg gradients" if of_gradients else "kwargs")
+            kind = own.get(name, "kwarg gradients" if of_gradients else "kwargs")
             self.payload[f"{way} {kind}"] += tensor.nbytes
 
 

@@ -11,6 +11,7 @@ from swarmtune.transport.base import Handler, Traffic, TransportError
 from swarmtune.transport.connection import Connection
 from swarmtune.wire.frames import Encoded, Incoming, WireLimits
 
+CLIENT = "client"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -21,52 +22,62 @@ class LoopbackTransport:
         self.handlers = dict(handlers)
         self.traffic = Traffic()
         self._limits = limits
-        self._pairs: dict[str, tuple[Connection, Connection]] = {}
+        self._pairs: dict[tuple[str, str], tuple[Connection, Connection]] = {}
         self._opened: dict[str, int] = {}
         self.repairing = False
-        self._dialling: dict[str, asyncio.Lock] = {}
+        self._dialling: dict[tuple[str, str], asyncio.Lock] = {}
+        for name, handler in self.handlers.items():
+            if hasattr(handler, "deliver"):
+                handler.deliver = partial(self.call_from, name)
 
     def generation(self, peer: str) -> int:
         """See ``Transport.generation``."""
-        pair = self._pairs.get(peer)
+        pair = self._pairs.get((CLIENT, peer))
         return self._opened[peer] if pair is not None and not pair[0].closed.is_set() else 0
 
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """See ``Transport.call``."""
-        return await (await self._connection(peer)).request(request, timeout_s)
+        return await (await self._connection(CLIENT, peer)).request(request, timeout_s)
+
+    async def call_from(self, caller: str, peer: str, request: Encoded, timeout_s: float) -> Incoming:
+        """The same from one server to another; a dead one calls nobody."""
+        if caller not in self.handlers:
+            raise TransportError(f"{caller} is not there any more")
+        return await (await self._connection(caller, peer)).request(request, timeout_s)
 
     async def kill(self, peer: str) -> None:
-        """Cut every connection to ``peer`` and forget it, as SIGKILL would."""
+        """Cut every connection to and from ``peer`` and forget it, as SIGKILL would."""
         self.handlers.pop(peer, None)
-        for end in self._pairs.pop(peer, ()):
-            await end.close()
+        for key in [key for key in self._pairs if peer in key]:
+            for end in self._pairs.pop(key, ()):
+                await end.close()
 
     async def close(self) -> None:
         """Close all connections."""
-        for peer in list(self._pairs):
+        for peer in {peer for _, peer in self._pairs}:
             await self.kill(peer)
 
-    async def _connection(self, peer: str) -> Connection:
-        async with self._dialling.setdefault(peer, asyncio.Lock()):
-            pair = self._pairs.get(peer)
+    async def _connection(self, caller: str, peer: str) -> Connection:
+        async with self._dialling.setdefault((caller, peer), asyncio.Lock()):
+            pair = self._pairs.get((caller, peer))
             if pair is not None and not pair[0].closed.is_set():
                 return pair[0]
             handler = self.handlers.get(peer)
             if handler is None:
                 raise TransportError(f"peer {peer} is not there")
-            ours, theirs = await self._streams(peer)
-            client = Connection(*ours, peer=peer, limits=self._limits, traffic=self.traffic)
+            ours, theirs = await self._streams(caller, peer)
+            client = Connection(*ours, peer=peer, limits=self._limits, traffic=self.traffic if caller == CLIENT else None)
             gone: Callable[[str], None] | None = getattr(handler, "gone", None)
-            server = Connection(*theirs, peer="client", handler=handler, limits=self._limits, on_closed=gone and partial(gone, "client"))
-            self._pairs[peer] = (client, server)
-            self._opened[peer] = self._opened.get(peer, 0) + 1
+            server = Connection(*theirs, peer=caller, handler=handler, limits=self._limits, on_closed=gone and partial(gone, caller))
+            self._pairs[caller, peer] = (client, server)
+            self._opened[peer] = self._opened.get(peer, 0) + (caller == CLIENT)
             opened = await asyncio.gather(client.open(), server.open(), return_exceptions=True)
             for failure in opened:
                 if isinstance(failure, BaseException):
                     raise failure
             return client
 
-    async def _streams(self, peer: str) -> tuple[Streams, Streams]:
-        """Two ends of a new connection to ``peer``: ours, and the peer's."""
+    async def _streams(self, caller: str, peer: str) -> tuple[Streams, Streams]:
+        """Two ends of a new connection from ``caller`` to ``peer``: the caller's, and the peer's."""
         ours, theirs = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
         return ours, theirs

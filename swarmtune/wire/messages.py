@@ -28,6 +28,7 @@ class CallKind(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
     KEPT_BACKWARD = "kept_backward"
+    DELIVER = "deliver"
     INITIAL = "initial"
 
 
@@ -148,14 +149,14 @@ def kwarg_digest(item: object) -> str:
     return digest
 
 
-def references(message: Message) -> list[str]:
-    """Digests of the tensors that a forward or a backward leaves out, because the server has been given them before; not those that it brings."""
+def references(message: Message) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors that a forward or a backward brings under a digest, and the digests of those that the server has been given before."""
     entries = message.fields.get("kwargs")
     if not isinstance(entries, list):
-        return []
-    digests = {index: kwarg_digest(entry) for index, entry in enumerate(entries)}
-    brought = {digest for index, digest in digests.items() if f"k{index}" in message.tensors}
-    return [digest for digest in dict.fromkeys(digests.values()) if digest and digest not in brought]
+        return {}, []
+    digests = {index: digest for index, entry in enumerate(entries) if (digest := kwarg_digest(entry))}
+    brought = {digest: message.tensors[f"k{index}"] for index, digest in digests.items() if f"k{index}" in message.tensors}
+    return brought, [digest for digest in dict.fromkeys(digests.values()) if digest not in brought]
 
 
 class TensorsMissing(WireError):
@@ -423,6 +424,7 @@ class SpanResult:
         handle: under which a forward's graph is kept; 0 where none is.
         withheld: gradients by kwargs without axes are held for the sum.
         summed: the micro-batches over which those that are here have been added; empty where they are this one's.
+        sent: the hidden states or their gradient have gone to the next server.
     """
 
     hidden_BTH: Tensor | None
@@ -431,18 +433,24 @@ class SpanResult:
     handle: int = 0
     withheld: bool = False
     summed: tuple[int, ...] = ()
+    sent: bool = False
 
     def to_message(self) -> Message:
         """As it travels."""
         tensors = {} if self.hidden_BTH is None else {"hidden": self.hidden_BTH}
         tensors.update((f"k{index}", grad) for index, grad in self.kwarg_grads.items())
         fields: dict[str, Any] = {} if self.times is None else asdict(self.times)
-        more = {"handle": self.handle, "withheld": self.withheld, "summed": list(self.summed)}
+        more = {"handle": self.handle, "withheld": self.withheld, "summed": list(self.summed), "sent": self.sent}
         return Message("result", {**fields, **{name: value for name, value in more.items() if value}}, tensors)
 
     @classmethod
-    def from_message(cls, message: Message, call: SpanCall) -> SpanResult:
+    def from_message(cls, message: Message, call: SpanCall, passes_on: bool = False) -> SpanResult:
         """Check a reply against the call that it answers: exactly the tensors asked for, in their shapes and types.
+
+        Args:
+            message: the reply.
+            call: what it answers.
+            passes_on: the server was to send the hidden states on, and may say that it did.
 
         Raises:
             WireError: anything else.
@@ -451,11 +459,12 @@ class SpanResult:
             raise WireError(f"expected a result, got {message.kind!r:.80}")
         tensors = dict(message.tensors)
         hidden = tensors.pop("hidden", None)
-        if (hidden is not None) != (call.grad_BTH is None or call.input_grad):
+        sent = passes_on and message.fields.get("sent") is True
+        if (hidden is not None) != ((call.grad_BTH is None or call.input_grad) and not sent):
             raise WireError("a reply holds a hidden state where none was asked for, or lacks it")
-        sent = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
-        if hidden is not None and (hidden.shape != sent.shape or hidden.dtype != sent.dtype):
-            raise WireError(f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {sent.dtype} {tuple(sent.shape)}")
+        like = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
+        if hidden is not None and (hidden.shape != like.shape or hidden.dtype != like.dtype):
+            raise WireError(f"a reply's hidden state is {hidden.dtype} {tuple(hidden.shape)}, expected {like.dtype} {tuple(like.shape)}")
         withheld, summed = _sums(message.fields, call)
         grads: dict[int, Tensor] = {}
         for index, kwarg in enumerate(call.kwargs if call.grad_BTH is not None else ()):
@@ -468,7 +477,7 @@ class SpanResult:
         if tensors:
             raise WireError(f"a reply holds tensors that nobody asked for: {', '.join(sorted(tensors))[:200]}")
         handle = integer(message.fields.get("handle", 0), "a handle", 0, MAX_HANDLE)
-        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0, withheld, summed)
+        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0, withheld, summed, sent)
 
 
 def _sums(fields: Mapping[str, Any], call: SpanCall) -> tuple[bool, tuple[int, ...]]:

@@ -1,0 +1,168 @@
+"""Servers hand hidden states and gradients on to each other: the client moves three or four of them, whatever the number of servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import swarmtune
+from servers.handler import CallHandler
+from swarmtune.swarm import Swarm
+from swarmtune.transport.base import TransportError
+from swarmtune.wire.relay import PASSES_ON
+from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, save_tiny, set_values, step, trainable
+
+HIDDEN_BYTES = 4 * 10 * 48 * 4
+SPANS = {2: ["0:2", "2:4"], 4: ["0:1", "1:2", "2:3", "3:4"]}
+
+
+def handlers(swarm: Swarm) -> list[CallHandler]:
+    return list(swarm._transport.handlers.values())  # type: ignore[attr-defined]
+
+
+def prepared(path: Path, swarm: Swarm, config: Any = None) -> torch.nn.Module:
+    model = remote(path, swarm, config or lora("bloom"))
+    set_values([dict(model.adapter.named_parameters())])
+    return model
+
+
+def moved(swarm: Swarm) -> dict[str, float]:
+    """Hidden states and gradients through the client, in hidden states of the whole batch."""
+    payload = swarm.traffic().payload
+    return {kind: payload.get(kind, 0) / HIDDEN_BYTES for kind in ("up hidden", "down hidden", "up gradient", "down gradient", "up relayed")}
+
+
+def nobody_reaches(swarm: Swarm) -> None:
+    async def fails(*_: object) -> None:
+        raise TransportError("no way there")
+
+    for handler in handlers(swarm):
+        handler.deliver = fails  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module")
+def quiet(bloom: Path) -> dict[str, Tensor]:
+    local = local_peft(bloom, lora("bloom"))
+    set_values([trainable(local)])
+    return step(local, batch())[2]
+
+
+@pytest.mark.parametrize("servers", [2, 4])
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_the_client_moves_three_hidden_states_for_any_number_of_servers(models: dict[str, Path], family: str, servers: int) -> None:
+    local = local_peft(models[family], lora(family))
+    set_values([trainable(local)])
+    expected = step(local, batch(padding="left"))
+    with loopback(models[family], SPANS[servers]) as swarm:
+        found = step(prepared(models[family], swarm, lora(family)), batch(padding="left"))
+        assert moved(swarm) == {"up hidden": 1, "down hidden": 1, "up gradient": 1, "down gradient": 0, "up relayed": 0}
+        assert sum(server.block_forwards for server in swarm.traffic().servers) == 4
+        assert swarm.traffic().retries == 0
+    assert torch.equal(expected[0], found[0])
+    assert same_bits(expected[2], found[2])
+
+
+def test_the_gradient_by_the_input_is_the_fourth(bloom: Path) -> None:
+    found = []
+    for chaining in (False, True):
+        with loopback(bloom, SPANS[4], chaining=chaining) as swarm:
+            hidden = torch.randn(4, 10, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            prompt = torch.randn(3, 48, generator=torch.Generator().manual_seed(2)).requires_grad_()
+            remote(bloom, swarm).body(hidden, kwargs=[swarmtune.Kwarg("prompt", prompt, blocks="1:3")]).square().sum().backward()
+            found.append({"hidden": hidden.grad, "prompt": prompt.grad})
+            assert moved(swarm)["down gradient"] == (1 if chaining else 4)
+    assert same_bits(*found)
+
+
+def test_micro_batches_in_chains_give_the_bits_of_calls_one_by_one(bloom: Path) -> None:
+    found = []
+    for chaining in (False, True):
+        with loopback(bloom, SPANS[4], micro_batch_tokens=10, chaining=chaining) as swarm:
+            model = prepared(bloom, swarm)
+            found.append(step(model, batch())[2])
+            if chaining:
+                assert moved(swarm)["up hidden"] == 1
+                assert swarm.traffic().payload["down kwarg gradients"] == sum(each.nbytes for each in model.adapter.parameters())
+    assert same_bits(*found)
+
+
+def test_servers_that_cannot_reach_each_other_go_by_way_of_the_client(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom, SPANS[4]) as swarm:
+        model = prepared(bloom, swarm)
+        nobody_reaches(swarm)
+        assert same_bits(quiet, step(model, batch())[2])
+        assert moved(swarm)["up relayed"] == 6, "the first forward and the first backward find out"
+        assert same_bits(quiet, step(model, batch())[2])
+        assert moved(swarm)["up relayed"] == 6, "after that the client does not try for a while"
+        assert swarm.traffic().retries == 0
+
+
+def test_servers_of_before_are_called_one_by_one(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom, SPANS[4]) as swarm:
+        for handler in handlers(swarm):
+            handler.deliver = None
+            assert PASSES_ON not in handler.info.features
+        assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+        assert moved(swarm)["up hidden"] == 4
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+@pytest.mark.parametrize("call", range(8))
+def test_any_server_of_a_chain_dies(bloom: Path, quiet: dict[str, Tensor], call: int, phase: str) -> None:
+    spans = [*SPANS[4], *SPANS[4]]
+    with loopback(bloom, spans, faults=Faults(**{phase: {call}}), patience_s=10) as swarm:
+        assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+        assert swarm.traffic().retries >= 1
+
+
+def test_a_chain_that_fails_with_half_of_the_sums_is_done_again(bloom: Path) -> None:
+    with loopback(bloom, SPANS[2], micro_batch_tokens=10) as swarm:
+        quiet = step(prepared(bloom, swarm), batch())[2]
+    for call in range(8, 16):
+        with loopback(bloom, [*SPANS[2], *SPANS[2]], micro_batch_tokens=10, faults=Faults(after={call}), patience_s=10) as swarm:
+            assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2]), call
+
+
+def test_nothing_is_kept_or_moved_below_the_lowest_trained_block(bloom: Path) -> None:
+    upper = lora("bloom", layers_to_transform=[2])
+    local = local_peft(bloom, upper)
+    set_values([trainable(local)])
+    expected = step(local, batch())[2]
+    with loopback(bloom, SPANS[4]) as swarm:
+        assert same_bits(expected, step(prepared(bloom, swarm, upper), batch())[2])
+        assert moved(swarm) == {"up hidden": 1, "down hidden": 1, "up gradient": 1, "down gradient": 0, "up relayed": 0}
+        asked = {server.span.start: server.calls for server in swarm.traffic().servers}
+        assert asked == {0: 1, 1: 1, 2: 2, 3: 2}
+
+
+def test_no_room_for_graphs_is_slower_and_right(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    for poor in ([0], [1], [0, 1, 2, 3]):
+        with loopback(bloom, SPANS[4]) as swarm:
+            for index in poor:
+                handlers(swarm)[index].graphs.budget_bytes = 0
+            assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+            assert all(len(handler.mailbox) == 0 for handler in handlers(swarm))
+
+
+def test_graphs_that_are_lost_in_a_chain_are_computed_again(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom, SPANS[4]) as swarm:
+        model = prepared(bloom, swarm)
+        loss = model(**batch()).loss
+        handlers(swarm)[1].gone("client")
+        loss.backward()
+        assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
+        assert sum(len(handler.mailbox) for handler in handlers(swarm)) == 0
+
+
+def test_an_evaluation_goes_through_the_chain_too(tmp_path: Path) -> None:
+    path = save_tiny("gpt2", tmp_path / "gpt2")
+    with loopback(path, SPANS[4]) as swarm, torch.no_grad():
+        model = remote(path, swarm)
+        first = model(**batch()).logits
+        assert moved(swarm)["up hidden"] == moved(swarm)["down hidden"] == 1
+    with loopback(path, ["0:4"]) as swarm, torch.no_grad():
+        assert torch.equal(first, remote(path, swarm)(**batch()).logits)
