@@ -106,6 +106,7 @@ def _connect(config: Config, peers: list[str], run_dir: Path) -> swarmtune.Swarm
         max_in_flight=options.max_in_flight,
         patience_s=options.patience_s,
         call_timeout_s=options.call_timeout_s,
+        chaining=options.chaining,
         codec=options.codec.value,
         history=run_dir / HISTORY if options.history else None,
     )

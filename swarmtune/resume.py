@@ -18,6 +18,7 @@ FREE = (
         "swarm.initial_peers",
         "swarm.patience_s",
         "swarm.call_timeout_s",
+        "swarm.chaining",
         "swarm.history",
         "swarm.servers",
         "swarm.spans",

@@ -100,6 +100,8 @@ class SwarmConfig:
     """Seconds of trying other servers before a call fails."""
     call_timeout_s: float = 300.0
     """Seconds that one call to a live server may take; where another server can do the work, a call that is slow for its kind is left much sooner."""
+    chaining: bool = True
+    """Servers hand hidden states and gradients on to each other where they can; ``false`` moves all through this machine. Same bits."""
     history: bool = False
     """Write every call, asked and answered, to ``history.jsonl`` in the run directory; ``scripts/chaos judge`` reads it."""
     codec: Codec = Codec.NONE

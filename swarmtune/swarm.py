@@ -326,6 +326,7 @@ def connect(
     max_in_flight: int = 4,
     patience_s: float = 30.0,
     call_timeout_s: float = 300.0,
+    chaining: bool = True,
     codec: str = "none",
     credentials: None = None,
     history: str | os.PathLike[str] | None = None,
@@ -338,6 +339,7 @@ def connect(
         max_in_flight: micro-batches under way at once.
         patience_s: how long a call looks for a server before it raises ``SwarmError``.
         call_timeout_s: how long one call to a live server may take.
+        chaining: servers hand hidden states and gradients on to each other where they can; the bits do not depend on it.
         codec: how tensors are compressed on the way; only ``"none"``.
         credentials: must be ``None``; swarms with admission are not supported.
         history: a file to which every call is appended, asked and answered, as JSON lines that ``scripts/chaos judge`` reads.
@@ -362,7 +364,7 @@ def connect(
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")
-    settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s))
+    settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s), bool(chaining))
     ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()
     loop.start()

@@ -880,7 +880,7 @@ def test_loopback_calls_by_name_counts_and_reconnects_after_a_cut() -> None:
     async def main() -> None:
         transport = LoopbackTransport({"a": echo})
         assert decode(await transport.call("a", SMALL, 5)).fields == {"n": 1}
-        await transport._pairs["a"][1].close()
+        await transport._pairs["client", "a"][1].close()
         await asyncio.sleep(0.01)
         assert decode(await transport.call("a", SMALL, 5)).fields == {"n": 1}
         assert transport.traffic.bytes_up > 2 * SMALL.body_bytes

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hivemind.dht.routing import DHTID
 
-from servers import announce, executor, program, span, stored, sums
+from servers import announce, executor, handler, mailbox, program, span, stored, sums
 from servers.dropout import DropoutPlan, keep_mask, site_keys
 from swarmtune.adapters import tuners
 from swarmtune.adapters.tuners import TUNERS
@@ -35,7 +35,7 @@ from swarmtune.skeleton import VOLATILE_KEYS
 from swarmtune.transport import connection, hivemind
 from swarmtune.transport.connection import Connection
 from swarmtune.types import AXES, BlockSpan
-from swarmtune.wire import codec, frames, initial, kept, messages, tensors
+from swarmtune.wire import codec, frames, initial, kept, messages, relay, tensors
 from swarmtune.wire.codec import decode, encode
 from swarmtune.wire.frames import PREFIX, TRAILER, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json
 from swarmtune.wire.initial import InitialResult
@@ -62,9 +62,11 @@ MODULES = {
         route,
         stored,
         sums,
+        mailbox,
+        handler,
     )
 }
-COMPLETE = (frames, tensors, codec, messages, initial, kept, records, program)
+COMPLETE = (frames, tensors, codec, messages, initial, kept, relay, records, program)
 """Every number that one of these modules names stands in the document."""
 
 MODEL = "0123456789abcdef"
@@ -369,6 +371,8 @@ def test_the_fields_of_a_backward_through_a_kept_graph_are_those_of_the_code() -
     assert f"`{messages.KEEPS_GRAPHS}` is `keep` and `release`" in flat("info")
     assert "`handle`" in flat("kept_backward")
     assert f"`{messages.SUMS_GRADIENTS}` is `sum`" in flat("info")
+    assert f"`{relay.PASSES_ON}` is `receive` and `send`" in flat("info")
+    assert column("deliver") == ["receive", "send"]
     assert f"`{messages.STORES_TENSORS}` is `digest`" in flat("info")
 
 
