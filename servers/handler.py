@@ -19,6 +19,7 @@ from servers.stored import HOLD_S, StoredTensors
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.transport.base import TransportError
 from swarmtune.wire.codec import Message, decode, encode
+from swarmtune.wire.compression import Codec, codec_of, expanded, feature, squeezed
 from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.initial import InitialCall
 from swarmtune.wire.kept import KeptCall
@@ -54,6 +55,14 @@ def one_line(detail: str) -> str:
     return "".join(character if character.isprintable() else " " for character in detail)
 
 
+def _answer_codec(message: Message) -> tuple[Message, Codec]:
+    """The call without the field that says how its hidden states, or their gradient, are to come back."""
+    if "answer_codec" not in message.fields:
+        return message, Codec.NONE
+    fields = dict(message.fields)
+    return replace(message, fields=fields), codec_of(fields.pop("answer_codec"))
+
+
 class CallHandler:
     """Answers the calls of all peers.
 
@@ -83,7 +92,7 @@ class CallHandler:
         return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=self._features())
 
     def _features(self) -> tuple[str, ...]:
-        own = (KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS)
+        own = (KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS, *(feature(codec) for codec in Codec if codec is not Codec.NONE))
         return own if self.deliver is None else (*own, PASSES_ON)
 
     @property
@@ -100,7 +109,8 @@ class CallHandler:
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
         try:
-            reply = await self._dispatch(peer, decode(incoming))
+            message, codec = _answer_codec(await expanded(decode(incoming)))
+            reply = await squeezed(await self._dispatch(peer, message, codec), {"hidden": codec})
             self.refused += reply.kind == "fault"
             return encode(reply)
         except TensorsMissing as error:
@@ -124,7 +134,7 @@ class CallHandler:
         logger.info("refused a call of %s: %s", peer, fault.detail)
         return encode(fault.to_message())
 
-    async def _dispatch(self, peer: str, message: Message) -> Message:
+    async def _dispatch(self, peer: str, message: Message, codec: Codec) -> Message:
         if message.kind == CallKind.INFO:
             return self.info.to_message()
         if message.kind == CallKind.DELIVER:
@@ -138,11 +148,11 @@ class CallHandler:
             return Fault(FaultCode.DRAINING, "this server is shutting down").to_message()
         self.in_flight += 1
         try:
-            return await self._do(peer, *take_relay(message))
+            return await self._do(peer, *take_relay(message), codec)
         finally:
             self.in_flight -= 1
 
-    async def _do(self, peer: str, message: Message, relay: Relay) -> Message:
+    async def _do(self, peer: str, message: Message, relay: Relay, codec: Codec) -> Message:
         """Get everything that the call needs, run it, pass on what is to be passed on."""
         shared = await self._shared(peer, message)
         if relay.receive is not None:
@@ -169,14 +179,14 @@ class CallHandler:
             values = await self._executor.submit(run, priority=INITIAL_PRIORITY, timeout_s=call.remaining_ms / 1000, client=peer)
             return values.to_message()
         result = await self._execute(peer, call)
-        return (await self._pass_on(result, relay.send, call.remaining_ms / 1000) if relay.send is not None else result).to_message()
+        return (await self._pass_on(result, relay.send, codec, call.remaining_ms / 1000) if relay.send is not None else result).to_message()
 
-    async def _pass_on(self, result: SpanResult, send: Send, timeout_s: float) -> SpanResult:
+    async def _pass_on(self, result: SpanResult, send: Send, codec: Codec, timeout_s: float) -> SpanResult:
         """Deliver the hidden states, or their gradient, to the next server; what cannot be delivered goes back to the caller instead."""
         if result.hidden_BTH is None or self.deliver is None:
             return result
         try:
-            request = encode(Delivery(send.token, result.hidden_BTH).to_message(), answer_bytes=0)
+            request = encode(await squeezed(Delivery(send.token, result.hidden_BTH).to_message(), {"tensor": codec}), answer_bytes=0)
             answer = decode(await self.deliver(send.peer, request, min(timeout_s, PASS_ON_S)))
         except (TransportError, WireError) as error:
             logger.info("could not pass on to %s: %s", send.peer, one_line(str(error)))

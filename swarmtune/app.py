@@ -108,6 +108,7 @@ def _connect(config: Config, peers: list[str], run_dir: Path) -> swarmtune.Swarm
         call_timeout_s=options.call_timeout_s,
         chaining=options.chaining,
         codec=options.codec.value,
+        grad_codec=options.grad_codec.value if options.grad_codec is not None else None,
         history=run_dir / HISTORY if options.history else None,
     )
 

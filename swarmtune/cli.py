@@ -214,6 +214,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [
         ("speed", f"{summary['tokens_per_s']:,.0f} training tokens/s, {summary['seconds']:,.0f} s in all"),
         ("traffic", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down{retries}"),
+        ("of it, a step", f"{summary['bytes_up_per_step'] / 1e6:,.2f} MB up, {summary['bytes_down_per_step'] / 1e6:,.2f} MB down"),
         *([("faults", _faults(summary))] if set(summary.get("events", ())) & EVENT_WORDS.keys() else []),
         ("run directory", summary["run_dir"]),
     ]

@@ -37,9 +37,12 @@ class SwarmKind(enum.Enum):
 
 
 class Codec(enum.Enum):
-    """How tensors are compressed on the wire."""
+    """How hidden states and gradients are compressed on the wire."""
 
     NONE = "none"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
 
 
 class Schedule(enum.Enum):
@@ -105,7 +108,9 @@ class SwarmConfig:
     history: bool = False
     """Write every call, asked and answered, to ``history.jsonl`` in the run directory; ``scripts/chaos judge`` reads it."""
     codec: Codec = Codec.NONE
-    """How tensors are compressed on the wire; ``none`` is exact."""
+    """How hidden states travel: ``none`` is exact, ``bf16`` and ``fp16`` take half of float32's bytes, ``int8`` a quarter (docs/codecs.md)."""
+    grad_codec: Codec | None = None
+    """The same for their gradients; as ``codec`` if not given."""
 
     def __post_init__(self) -> None:
         joining = self.kind is SwarmKind.JOIN

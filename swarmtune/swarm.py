@@ -6,11 +6,13 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from swarmtune.errors import BlocksUnserved, PeersUnreachable, SwarmMismatch, UsageError, WireError
+from swarmtune.remote.caller import Codecs
 from swarmtune.remote.census import label
 from swarmtune.remote.chain import Chain, ChainSettings
 from swarmtune.remote.events import EventKind, EventLog, SwarmEvent, SwarmStatus, Tally
@@ -19,6 +21,7 @@ from swarmtune.remote.route import Directory, Discovery
 from swarmtune.remote.totals import ServerTotals
 from swarmtune.transport.base import Traffic, Transport, TransportError
 from swarmtune.transport.loop import LoopThread
+from swarmtune.wire.compression import Codec
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -119,6 +122,19 @@ class Swarm:
     def status(self) -> list[SwarmStatus]:
         """What goes on now, one for each model opened; from any thread, also while a call waits."""
         return [opened.chain.status() for opened in list(self._models.values())]
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, nothing is compressed: to see what a codec does."""
+        callers = [opened.chain.caller for opened in self._models.values()]
+        before = [caller.codecs for caller in callers]
+        try:
+            for caller in callers:
+                caller.codecs = Codecs()
+            yield
+        finally:
+            for caller, codecs in zip(callers, before, strict=True):
+                caller.codecs = codecs
 
     def events(self, after: float = 0.0) -> list[SwarmEvent]:
         """The latest things that went wrong, oldest first; those after a monotonic instant."""
@@ -319,6 +335,12 @@ def _reached(dials: Iterable[asyncio.Task[str | None]]) -> set[str]:
     return {peer for dial in dials if (peer := dial.result()) is not None}
 
 
+def _codec(name: str, value: str) -> Codec:
+    if value not in Codec._value2member_map_:
+        raise UsageError(f"{name} must be one of {', '.join(Codec)}, got {value!r}")
+    return Codec(value)
+
+
 def connect(
     initial_peers: Sequence[str],
     *,
@@ -328,6 +350,7 @@ def connect(
     call_timeout_s: float = 300.0,
     chaining: bool = True,
     codec: str = "none",
+    grad_codec: str | None = None,
     credentials: None = None,
     history: str | os.PathLike[str] | None = None,
 ) -> Swarm:
@@ -340,7 +363,8 @@ def connect(
         patience_s: how long a call looks for a server before it raises ``SwarmError``.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states and gradients on to each other where they can; the bits do not depend on it.
-        codec: how tensors are compressed on the way; only ``"none"``.
+        codec: how hidden states travel: ``"none"`` (exact), ``"bf16"``, ``"fp16"`` or ``"int8"``.
+        grad_codec: the same for their gradients; as ``codec`` if not given.
         credentials: must be ``None``; swarms with admission are not supported.
         history: a file to which every call is appended, asked and answered, as JSON lines that ``scripts/chaos judge`` reads.
 
@@ -356,15 +380,16 @@ def connect(
         addresses = list(dict.fromkeys(check_address(address) for address in initial_peers))
     except WireError as error:
         raise UsageError(f"initial_peers: {error}") from error
-    if codec != "none" or credentials is not None:
-        raise UsageError("codec must be 'none' and credentials must be None: nothing else is supported")
+    if credentials is not None:
+        raise UsageError("credentials must be None: swarms with admission are not supported")
+    codecs = Codecs(_codec("codec", codec), _codec("grad_codec", codec if grad_codec is None else grad_codec))
     for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name} must be a positive integer, got {value!r}")
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")
-    settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s), bool(chaining))
+    settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s), bool(chaining), codecs)
     ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()
     loop.start()

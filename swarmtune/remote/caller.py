@@ -18,6 +18,7 @@ from swarmtune.errors import (
     PeerFault,
     PeerSlow,
     TensorsLost,
+    UsageError,
     WireError,
 )
 from swarmtune.remote.batch import KeptGraph
@@ -31,6 +32,7 @@ from swarmtune.transport.base import NodeLost, Transport, TransportError
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan
 from swarmtune.wire.codec import Message, decode, encode
+from swarmtune.wire.compression import Codec, expanded, feature, squeezed
 from swarmtune.wire.frames import Incoming
 from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import (
@@ -45,6 +47,7 @@ from swarmtune.wire.messages import (
     SpanResult,
 )
 from swarmtune.wire.relay import Delivery, Receive, Relay, Send, new_token, with_relay
+from swarmtune.wire.tensors import ALIGNMENT
 
 logger = logging.getLogger(__name__)
 RETRY_BUSY_S = 1.0
@@ -74,15 +77,25 @@ class Purpose:
     allowance: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """How hidden states travel, and gradients by them; each in both directions."""
+
+    hidden: Codec = Codec.NONE
+    gradient: Codec = Codec.NONE
+
+
 class Caller:
     """Asks servers, and keeps the books of it. Methods run on the loop thread.
 
     Attributes:
         running: by first block, who was asked last.
+        codecs: how hidden states and gradients travel.
     """
 
-    def __init__(self, transport: Transport, directory: Directory, call_timeout_s: float) -> None:
+    def __init__(self, transport: Transport, directory: Directory, call_timeout_s: float, codecs: Codecs | None = None) -> None:
         self._transport, self._directory, self._call_timeout_s = transport, directory, call_timeout_s
+        self.codecs = codecs or Codecs()
         self.counters, self.events = ChainCounters(), EventLog()
         self.running: dict[int, Hop] = {}
         self._times = CallTimes()
@@ -158,12 +171,14 @@ class Caller:
             receive = Receive(tokens[index - 1], hops[index - 1].peer, moving.nbytes) if index else None
             send = None if last else Send(hops[index + 1].peer, tokens[index])
             message = with_relay(self._message(hop, call, kept[index]), Relay(receive, send))
-            reply, answer = await self.exchange(hop, message, call.answer_bytes)
+            message = self._with_codec(hop, message, call)
+            room = call.answer_bytes + 2 * ALIGNMENT  # compressed, a tensor has two parts
+            reply, answer = await self.exchange(hop, message, room)
             result = _result(reply, call, hop, passes_on=not last)
             if not last and not result.sent:
                 assert result.hidden_BTH is not None, "a result holds what it did not send"
                 self._directory.apart(hop.peer, hops[index + 1].peer)
-                await self.exchange(hops[index + 1], Delivery(tokens[index], result.hidden_BTH).to_message(), 0)
+                await self.exchange(hops[index + 1], Delivery(tokens[index], result.hidden_BTH).to_message(), 0, call.grad_BTH is not None)
             done.add(index)
             return result, answer
 
@@ -196,6 +211,18 @@ class Caller:
                 purpose.way, BlockSpan(min(each.span.start for each in hops), max(each.span.stop for each in hops)), purpose.tokens, seconds
             )
             self._directory.slow(hop, seconds, purpose.tokens)
+
+    def _with_codec(self, hop: Hop, message: Message, call: SpanCall) -> Message:
+        """Say how the answer is to come.
+
+        Raises:
+            UsageError: the server does not know a codec that is wanted.
+        """
+        for codec in (self.codecs.hidden, self.codecs.gradient):
+            if codec is not Codec.NONE and not self._directory.has(hop.peer, feature(codec)):
+                raise UsageError(f"the server {self.label(hop.peer)} does not know the codec {codec}: update it, or use swarm.codec=none")
+        codec = self.codecs.hidden if call.grad_BTH is None else self.codecs.gradient
+        return message if codec is Codec.NONE else replace(message, fields={**message.fields, "answer_codec": str(codec)})
 
     def _message(self, hop: Hop, call: SpanCall, kept: KeptGraph | None) -> Message:
         remaining_ms = self.remaining_ms()
@@ -260,17 +287,20 @@ class Caller:
         """How long a call that begins now may take."""
         return max(1, int(self._call_timeout_s * 1000))
 
-    async def exchange(self, hop: Hop, message: Message, answer_bytes: int) -> tuple[Message, Incoming]:
+    async def exchange(self, hop: Hop, message: Message, answer_bytes: int, of_gradient: bool = False) -> tuple[Message, Incoming]:
         """One message to one server, and its answer, which is no fault.
 
         Args:
             hop: the server, and the blocks.
             message: what to ask.
             answer_bytes: the largest body that the answer may have.
+            of_gradient: what is delivered is one.
 
         Raises:
             PeerFault: it failed in a way that another server may not.
         """
+        codecs = {"hidden": self.codecs.hidden, "grad": self.codecs.gradient}
+        message = await squeezed(message, {**codecs, "tensor": codecs["grad" if of_gradient else "hidden"]})
         self.counters.calls += 1
         totals = self.totals(hop.peer)
         totals.calls += 1
@@ -281,6 +311,7 @@ class Caller:
             answer = await self._transport.call(hop.peer, request, self._call_timeout_s)
             reply = decode(answer)
             self.counters.carried("down", reply, message.kind)
+            reply = await expanded(reply)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
         except NodeLost as error:

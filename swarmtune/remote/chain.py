@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -29,7 +29,7 @@ from swarmtune.errors import (
     WireError,
 )
 from swarmtune.remote.batch import Batch, KeptGraph, Leg, Part
-from swarmtune.remote.caller import RECHECK_S, Caller, Purpose
+from swarmtune.remote.caller import RECHECK_S, Caller, Codecs, Purpose
 from swarmtune.remote.deadlines import Patience
 from swarmtune.remote.events import EventKind, SwarmStatus, Waiting
 from swarmtune.remote.gradients import PassGradients, Withheld
@@ -65,6 +65,7 @@ class ChainSettings:
         patience_s: how long to look for a server before giving up.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states on to each other, where they can.
+        codecs: how hidden states and gradients travel; exact unless asked for otherwise.
     """
 
     micro_batch_tokens: int = 4096
@@ -72,6 +73,7 @@ class ChainSettings:
     patience_s: float = 30.0
     call_timeout_s: float = 300.0
     chaining: bool = True
+    codecs: Codecs = field(default_factory=Codecs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +113,7 @@ class Chain:
     def __init__(self, transport: Transport, directory: Directory, settings: ChainSettings, ledger: Ledger | None = None) -> None:
         self._transport, self._directory, self.settings = transport, directory, settings
         self.ledger = ledger or Ledger()
-        self.caller = Caller(transport, directory, settings.call_timeout_s)
+        self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs)
         self.counters, self.events = self.caller.counters, self.caller.events
         self._passes, self._chains = 0, asyncio.Semaphore(MAX_CHAINS)
         self._waits, self._told_at = 0, -math.inf

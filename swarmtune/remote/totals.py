@@ -78,7 +78,7 @@ class ChainCounters:
         of_gradients = asked in (CallKind.BACKWARD, CallKind.KEPT_BACKWARD)
         own = {"hidden": "gradient" if of_gradients else "hidden", "grad": "gradient", "tensor": "relayed"}
         for name, tensor in message.tensors.items():
-            kind = own.get(name, "kwarg gradients" if of_gradients else "kwargs")
+            kind = own.get(name.partition(".")[0], "kwarg gradients" if of_gradients else "kwargs")
             self.payload[f"{way} {kind}"] += tensor.nbytes
 
 

@@ -85,6 +85,10 @@ class Meter(Callback):
     Args:
         traffic: gives the running totals of this process.
         started: ``time.monotonic()`` when this process began with the run.
+
+    Attributes:
+        step_bytes_up: sent to servers by training steps, validation left out.
+        step_bytes_down: received from servers by them.
     """
 
     def __init__(self, traffic: Callable[[], Traffic], started: float) -> None:
@@ -93,10 +97,11 @@ class Meter(Callback):
         self.val_losses: list[tuple[int, float]] = []
         self.val_accuracies: list[tuple[int, float]] = []
         self.tokens, self.busy_s, self.wait_s = 0, 0.0, 0.0
+        self.step_bytes_up = self.step_bytes_down = 0
         self.first_step_s: float | None = None
         self.before: dict[str, float] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
-        self._batch_started, self._waited_s = started, 0.0
+        self._batch_started, self._waited_s, self._bytes_before = started, 0.0, (0, 0)
         self._losses: list[float] = []
         self._step = 0
 
@@ -120,26 +125,33 @@ class Meter(Callback):
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         seen = {"val_losses": self.val_losses, "val_accuracies": self.val_accuracies}
-        return {**seen, "tokens": self.tokens, "busy_s": self.busy_s, "wait_s": self.wait_s, "totals": self.totals()}
+        moved = {"step_bytes_up": self.step_bytes_up, "step_bytes_down": self.step_bytes_down}
+        return {**seen, **moved, "tokens": self.tokens, "busy_s": self.busy_s, "wait_s": self.wait_s, "totals": self.totals()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.val_losses = [(int(step), float(loss)) for step, loss in state_dict["val_losses"]]
         self.val_accuracies = [(int(step), float(share)) for step, share in state_dict.get("val_accuracies", [])]
         self.tokens, self.busy_s, self.wait_s = int(state_dict["tokens"]), float(state_dict["busy_s"]), float(state_dict["wait_s"])
+        self.step_bytes_up, self.step_bytes_down = (int(state_dict.get(name, 0)) for name in ("step_bytes_up", "step_bytes_down"))
         ours = ("time/train_s", "time/swarm_s", "tokens")
         self.before = {name: value for name, value in state_dict["totals"].items() if name not in ours}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of a batch."""
-        self._batch_started, self._waited_s = time.monotonic(), self.traffic().wait_s
+        before = self.traffic()
+        self._batch_started, self._waited_s = time.monotonic(), before.wait_s
+        self._bytes_before = before.bytes_up, before.bytes_down
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a batch to the totals."""
         now = time.monotonic()
         tokens, spent = real_tokens(batch), now - self._batch_started
         self.tokens, self.busy_s = self.tokens + tokens, self.busy_s + spent
-        self.wait_s += self.traffic().wait_s - self._waited_s
+        after = self.traffic()
+        self.wait_s += after.wait_s - self._waited_s
+        self.step_bytes_up += after.bytes_up - self._bytes_before[0]
+        self.step_bytes_down += after.bytes_down - self._bytes_before[1]
         self._recent.append((tokens, spent))
         if self.first_step_s is None:
             self.first_step_s = now - self.started

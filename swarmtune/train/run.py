@@ -24,9 +24,10 @@ from swarmtune.errors import SwarmtuneError, UsageError
 from swarmtune.files import write_json
 from swarmtune.model_files import count_parameters
 from swarmtune.notices import say
-from swarmtune.schema import Config, ProgressKind
+from swarmtune.schema import Codec, Config, ProgressKind
 from swarmtune.train.callbacks import Meter, ProgressDisplay
 from swarmtune.train.checkpoint import AdapterCheckpoint, save_adapter
+from swarmtune.train.codec_guard import CodecGuard
 from swarmtune.train.events_file import EventsFile
 from swarmtune.train.interrupt import StopBetweenSteps
 from swarmtune.train.loggers import METRICS, finish, make_loggers, publish, wandb_run
@@ -196,6 +197,8 @@ class Run:
             "seconds_waiting_for_swarm": round(totals["time/swarm_s"], 3),
             "bytes_up": int(totals["bytes_up"]),
             "bytes_down": int(totals["bytes_down"]),
+            "bytes_up_per_step": self.meter.step_bytes_up // max(1, module.trainer.global_step),
+            "bytes_down_per_step": self.meter.step_bytes_down // max(1, module.trainer.global_step),
             "retries": int(totals["retries"]),
             "events": {name.removeprefix("events/"): round(value, 3) for name, value in totals.items() if name.startswith("events/") and value},
             "swarm": self.swarm.fingerprint(),
@@ -272,6 +275,8 @@ def build_trainer(
     if flags.setdefault("enable_checkpointing", True):
         every, kept = config.callbacks.checkpoint_every_steps, config.callbacks.checkpoints_kept
         callbacks.append(AdapterCheckpoint(run_dir / CHECKPOINTS, every, kept, facts, companions))
+    if swarm is not None and config.swarm.codec is not Codec.NONE:
+        callbacks.append(CodecGuard(swarm.exactly, config.swarm.codec.value, lambda sentence: say(config, sentence)))
     callbacks.append(StopBetweenSteps(lambda sentence: say(config, sentence)))
     flags.setdefault("enable_model_summary", False)
     try:

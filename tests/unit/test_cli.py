@@ -133,6 +133,8 @@ def test_the_summary_shows_every_fact_and_three_lines_of_peft(capsys: pytest.Cap
         "tokens_per_s": 5123.4,
         "seconds": 61.0,
         "bytes_up": 1_000_000,
+        "bytes_up_per_step": 120_000,
+        "bytes_down_per_step": 250_000,
         "bytes_down": 2_500_000,
         "retries": 3,
         "events": {"failed": 2, "waited": 1, "lost_s": 4.25},
@@ -150,6 +152,7 @@ def test_the_summary_shows_every_fact_and_three_lines_of_peft(capsys: pytest.Cap
         "61.2 -> 30.5",
         "5,123",
         "1.0 MB up, 2.5 MB down, 3 retries",
+        "0.12 MB up, 0.25 MB down",
         "2 calls failed and were done elsewhere, 1 wait for a server (alpha 2); 4.2 s lost",
         "/runs/loss.png",
     ):

@@ -35,7 +35,7 @@ from swarmtune.skeleton import VOLATILE_KEYS
 from swarmtune.transport import connection, hivemind
 from swarmtune.transport.connection import Connection
 from swarmtune.types import AXES, BlockSpan
-from swarmtune.wire import codec, frames, initial, kept, messages, relay, tensors
+from swarmtune.wire import codec, compression, frames, initial, kept, messages, relay, tensors
 from swarmtune.wire.codec import decode, encode
 from swarmtune.wire.frames import PREFIX, TRAILER, Encoded, FrameKind, Incoming, Prefix, WireLimits, dump_json
 from swarmtune.wire.initial import InitialResult
@@ -64,6 +64,7 @@ MODULES = {
         sums,
         mailbox,
         handler,
+        compression,
     )
 }
 COMPLETE = (frames, tensors, codec, messages, initial, kept, relay, records, program)
@@ -372,6 +373,8 @@ def test_the_fields_of_a_backward_through_a_kept_graph_are_those_of_the_code() -
     assert "`handle`" in flat("kept_backward")
     assert f"`{messages.SUMS_GRADIENTS}` is `sum`" in flat("info")
     assert f"`{relay.PASSES_ON}` is `receive` and `send`" in flat("info")
+    assert column("Codecs") == [str(codec) for codec in compression.Codec if codec != "none"]
+    assert all(f"`{compression.feature(codec)}`" in flat("info") for codec in compression.Codec if codec != "none")
     assert column("deliver") == ["receive", "send"]
     assert f"`{messages.STORES_TENSORS}` is `digest`" in flat("info")
 

@@ -2,8 +2,11 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from swarmtune import app
 from swarmtune.config import load_config
 from swarmtune.errors import NonFinite, UsageError
 from swarmtune.train.callbacks import Meter
+from swarmtune.train.codec_guard import CodecGuard
 from swarmtune.train.metrics_file import read_curve
 from swarmtune.train.module import CausalLMModule
 from swarmtune.train.run_dir import new_run_dir
@@ -103,6 +107,7 @@ def test_a_whole_run_writes_what_it_promises(tiny_model: Path, tmp_path: Path, s
     local = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert summary["total_params"] == sum(item.numel() for item in local.parameters()) + summary["trainable_params"]
     assert (summary["bytes_up"], summary["bytes_down"], summary["retries"]) == (10, 20, 0)
+    assert (summary["bytes_up_per_step"], summary["bytes_down_per_step"]) == (0, 0), "the stand-in moves nothing"
     assert Path(summary["loss_curve"]).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step=2", "step=4"}
     for adapter in (run_dir / "adapter", run_dir / "checkpoints" / "step=2" / "adapter"):
@@ -211,3 +216,30 @@ def test_blocks_are_shared_evenly(tiny_model: Path) -> None:
         app.server_spans(config("swarm.servers=3"), str(tiny_model))
     with pytest.raises(UsageError, match="outside the model, which has blocks 0:2"):
         app.server_spans(config("swarm.spans=[0:3]"), str(tiny_model))
+
+
+def test_a_codec_says_once_what_it_does_to_the_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """The stand-in for a swarm adds to the loss unless it is told to be exact."""
+    error, said = [0.0], []
+
+    @contextmanager
+    def exactly() -> Iterator[None]:
+        kept, error[0] = error[0], 0.0
+        yield
+        error[0] = kept
+
+    def module(**batch: Any) -> Any:
+        return SimpleNamespace(loss=torch.tensor(batch["loss"] + error[0]))
+
+    for change, warns in ((0.001, False), (0.02, True)):
+        caplog.clear()
+        error[0] = change
+        guard = CodecGuard(exactly, "int8", said.append)
+        guard.on_validation_batch_end(None, module, None, {"loss": float("nan")}, 0)  # type: ignore[arg-type]
+        assert guard.change is None
+        for _ in range(2):
+            guard.on_validation_batch_end(None, module, None, {"loss": 2.0}, 1)  # type: ignore[arg-type]
+        assert guard.change == pytest.approx(change / 2, rel=1e-3)
+        assert ("is safer" in caplog.text) == warns
+    assert said[0] == "codec int8 changes the loss of a held-out batch by 0.05% (2.0000 without, 2.0010 with it)"
+    assert len(said) == 2
