@@ -120,10 +120,13 @@ def test_step_over_a_wide_area_network_equals_local_to_the_bit(lab: NetLab, clie
 
 def test_step_is_bitwise_quiet_when_the_link_of_a_replica_is_cut(lab: NetLab, client: Client, expected: tuple) -> None:
     _, retries, route = client.step()
-    lab.cut(route[1])
-    try:
-        found, retries_after, _ = client.step()
-    finally:
-        lab.heal()
-    assert same(found, expected)
-    assert retries_after > retries
+    for _ in range(4):  # calls may leave a replica for the other one at any time, for being faster
+        lab.cut(route[1])
+        try:
+            found, retries_after, route = client.step()
+        finally:
+            lab.heal()
+        assert same(found, expected)
+        if retries_after > retries:
+            return
+    pytest.fail("no cut met a call")

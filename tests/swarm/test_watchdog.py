@@ -39,6 +39,10 @@ def grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.adapter.named_parameters()}  # type: ignore[union-attr]
 
 
+def thread_states(pid: int) -> list[str]:
+    return [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+
+
 @pytest.mark.parametrize(("number", "phase"), [(signal.SIGKILL, "before"), (signal.SIGKILL, "between"), (signal.SIGSTOP, "between")])
 def test_a_client_goes_on_over_another_daemon(bloom: Path, local: swarmtune.LocalSwarm, number: signal.Signals, phase: str) -> None:
     with swarmtune.connect(local.initial_peers) as swarm:
@@ -50,6 +54,8 @@ def test_a_client_goes_on_over_another_daemon(bloom: Path, local: swarmtune.Loca
         identity, first = node.peer_id, node.daemon_pid  # type: ignore[attr-defined]
         loss = model(**batch()).loss if phase == "between" else None
         os.kill(first, number)
+        while number is signal.SIGSTOP and any(thread != "T" for thread in thread_states(first)):
+            time.sleep(0.001)  # a whole backward can pass through it meanwhile
         began = time.monotonic()
         loss = model(**batch()).loss if loss is None else loss
         loss.backward()
