@@ -68,6 +68,7 @@ class CallHandler:
 
     Attributes:
         tensors: what clients have sent before.
+        clock: by which its work is timed; of any thread.
         mailbox: what other servers deliver.
         deliver: calls another server, by its peer id; ``None`` where this one cannot.
         draining: refuse new work, finish what is in flight.
@@ -80,6 +81,7 @@ class CallHandler:
         self._info, self._span, self._executor = info, span, executor
         self._max_tokens, self._max_sequence = max_tokens, max_sequence
         self._rate_tok_s = 0.0
+        self.clock: Callable[[], float] = time.perf_counter
         self.tensors, self.mailbox = StoredTensors(), Mailbox()
         self.deliver: Callable[[str, Encoded, float], Awaitable[Incoming]] | None = None
         self.draining = False
@@ -223,7 +225,7 @@ class CallHandler:
         else:
             run, priority, shape = partial(self._span.forward, call, peer), FORWARD_PRIORITY, call.hidden_BTH.shape
         tokens = shape[0] * shape[1]
-        job = self._timed(run, tokens * len(call.span), time.perf_counter())
+        job = self._timed(run, tokens * len(call.span), self.clock())
         result = await self._executor.submit(job, priority=priority, timeout_s=call.remaining_ms / 1000, client=peer)
         self.calls += 1
         self.tokens += tokens
@@ -231,9 +233,9 @@ class CallHandler:
 
     def _timed(self, run: Callable[[], SpanResult], token_blocks: int, arrived: float) -> Callable[[], SpanResult]:
         def job() -> SpanResult:
-            began, before = time.perf_counter(), self._span.block_forwards
+            began, before = self.clock(), self._span.block_forwards
             result = run()
-            seconds = time.perf_counter() - began
+            seconds = self.clock() - began
             rate = token_blocks / max(seconds, 1e-6)
             self._rate_tok_s = rate if not self._rate_tok_s else 0.8 * self._rate_tok_s + 0.2 * rate
             return replace(result, times=ServerTimes(round((began - arrived) * 1e6), round(seconds * 1e6), self._span.block_forwards - before))

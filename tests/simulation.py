@@ -357,6 +357,8 @@ class Simulator:
         loop, outcome = InlineLoop(), Outcome()
         executors = {name: InlineExecutor(COMPUTE_S) for name, _, _ in self._parts}
         handlers = {name: CallHandler(info, span, executors[name]) for name, info, span in self._parts}  # type: ignore[arg-type]
+        for handler in handlers.values():
+            handler.clock = loop.loop.time
         world, lines = World(handlers, faults, restart_s), Lines(loop.loop.time)
         try:
             directory = Directory(world, HandlerDiscovery(world), self._digest, self._blocks)

@@ -52,6 +52,8 @@ from swarmtune.wire.tensors import ALIGNMENT
 logger = logging.getLogger(__name__)
 RETRY_BUSY_S = 1.0
 """When to ask a busy server again that does not say when."""
+SILENT_S = 1.2
+"""A server that has a call and has not been heard for so long is behind with its answer to a ping."""
 RECHECK_S = 1.0
 """How often a call that is slow looks for another server."""
 
@@ -155,6 +157,8 @@ class Caller:
         shares = _shares([result.times for result, _ in answers])
         for hop, (result, answer), share in zip(hops, answers, shares, strict=True):
             self.totals(hop.peer).add(seconds * share, result.times, answer)
+            if len(hops) > 1:
+                self._times.add(purpose.way, hop.span, tokens, seconds * share)
             self._directory.succeeded(hop, seconds * share, tokens)
         return [result for result, _ in answers]
 
@@ -183,7 +187,10 @@ class Caller:
             return result, answer
 
         def slowest() -> Hop:
-            return next(hop for index, hop in enumerate(hops) if index not in done)
+            waiting = [hop for index, hop in enumerate(hops) if index not in done]
+            # A server is not done before the next one has taken what it hands on, so a frozen one holds up those before it.
+            quietest = max(waiting, key=lambda hop: self._transport.silent_s(hop.peer))
+            return quietest if self._transport.silent_s(quietest.peer) > SILENT_S else waiting[0]
 
         async with _slow_limit(self._directory, slowest, limit_s):
             try:

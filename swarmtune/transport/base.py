@@ -43,6 +43,10 @@ class Transport(Protocol):
         """A number of the connection to ``peer`` that is open, another one for each; 0 where none is open. A new one may lead to a new process."""
         ...
 
+    def silent_s(self, peer: str) -> float:
+        """Seconds since anything came from ``peer``; while a call to it is open, a live one is heard every second. 0 where no connection is open."""
+        ...
+
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """Send ``request`` and wait for its whole answer.
 

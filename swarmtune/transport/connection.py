@@ -107,6 +107,11 @@ class Connection:
         return None if self._partial or self._answering or self._waiting else self._heard_at
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the last frame came in."""
+        return now() - self._heard_at
+
+    @property
     def answering(self) -> bool:
         """Whether an answer is being computed or is still on its way."""
         return bool(self._answering)

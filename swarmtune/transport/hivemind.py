@@ -127,6 +127,11 @@ class HivemindNode:
         connection = self._connections.get(peer)
         return self._opened[peer] if connection is not None and not connection.closed.is_set() else 0
 
+    def silent_s(self, peer: str) -> float:
+        """See ``Transport.silent_s``."""
+        connection = self._connections.get(peer)
+        return connection.silent_s if connection is not None and not connection.closed.is_set() else 0.0
+
     @property
     def daemon_pid(self) -> int | None:
         """Process id of the daemon; ``None`` while there is none."""

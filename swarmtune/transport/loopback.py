@@ -35,6 +35,11 @@ class LoopbackTransport:
         pair = self._pairs.get((CLIENT, peer))
         return self._opened[peer] if pair is not None and not pair[0].closed.is_set() else 0
 
+    def silent_s(self, peer: str) -> float:
+        """See ``Transport.silent_s``."""
+        pair = self._pairs.get((CLIENT, peer))
+        return pair[0].silent_s if pair is not None and not pair[0].closed.is_set() else 0.0
+
     async def call(self, peer: str, request: Encoded, timeout_s: float) -> Incoming:
         """See ``Transport.call``."""
         return await (await self._connection(CLIENT, peer)).request(request, timeout_s)

@@ -77,11 +77,11 @@ def test_one_gradient_that_is_applied_twice_makes_the_verdict_bad(bloom: Path, t
     with training(bloom, tmp_path) as both:
         loud = only_loud(both, monkeypatch)
 
-        def twice(self: PassGradients, batch: Any, leg: Leg, grad_BTH: Any, result: SpanResult) -> None:
+        def twice(self: PassGradients, batch: Any, leg: Leg, grad_BTH: Any, result: SpanResult, *span: Any) -> None:
             if loud and both.campaign.steps == 1 and leg.span.start == 0 and result.kwarg_grads:
                 index, grad = next(iter(result.kwarg_grads.items()))
                 result = replace(result, kwarg_grads={**result.kwarg_grads, index: 2 * grad})
-            collect(self, batch, leg, grad_BTH, result)
+            collect(self, batch, leg, grad_BTH, result, *span)
 
         monkeypatch.setattr(PassGradients, "collect", twice)
         for _ in range(3):
