@@ -72,6 +72,7 @@ def complete(options: argparse.Namespace) -> Preset:
     """Fill in what ``options`` leave to the preset."""
     preset = PRESETS[options.preset]
     options.servers = options.servers or preset.servers
+    options.in_flight = options.in_flight or max(4, options.servers + 2)
     options.micro_batch_tokens = options.micro_batch_tokens or preset.micro_batch_tokens
     return preset
 

@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
     with (
         thread_budget(options),
         serving(path, spans, options, directory, preset.link) as place,
-        place.connect(micro_batch_tokens=options.micro_batch_tokens) as swarm,
+        place.connect(micro_batch_tokens=options.micro_batch_tokens, max_in_flight=options.in_flight, codec=options.codec) as swarm,
     ):
         torch.manual_seed(1)
         remote = swarmtune.load_causal_lm(path, swarm, adapter=lora())
@@ -76,6 +76,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
     if place.lab is not None:
         rows.append({"figure": "the emulated network's own share of the cores", "value": f"{turns.router_s / turns.wall_s:.2f} of a core"})
     says = [preset.says, f"{options.servers} servers with {options.threads} threads", f"micro-batches of {options.micro_batch_tokens} tokens"]
+    says += [f"codec {options.codec}"] if options.codec != "none" else []
     name = "_".join(["bench_train", options.preset, *([] if options.dtype == "float32" else [options.dtype])])
     return Report("train", name, setting(options, *says), rows, panels(options, turns, counts, body_s))
 

@@ -83,7 +83,7 @@ class Connection:
         self._limits = limits or WireLimits()
         self._budget = budget or Budget(self._limits.open_bytes)
         self._traffic = traffic or Traffic()
-        self._write_lock = asyncio.Lock()
+        self._write_lock, self._bulk_lock = asyncio.Lock(), asyncio.Lock()
         self._next_id = 1
         self._waiting: dict[int, asyncio.Future[Incoming]] = {}
         self._allowed: dict[int, int] = {}
@@ -391,15 +391,16 @@ class Connection:
             self._fail(TransportError(f"the connection to peer {self.peer} ended: a call could not be answered"))
 
     async def _send_message(self, kind: FrameKind, request_id: int, message: Encoded) -> None:
-        """Write each frame under the lock, so that messages interleave; a small message goes out in one write."""
+        """Write large messages one after the other, so that the first is whole as soon as it can be; small ones go between their frames."""
         if message.body_bytes <= JOIN_BYTES:
             joined = b"".join(part for frame in message.frames(kind, request_id) for part in frame)
             async with self._write_lock:
                 await self._write(joined)
             return
-        for prefix, payload in message.frames(kind, request_id):
-            async with self._write_lock:
-                await self._write(prefix, payload)
+        async with self._bulk_lock:
+            for prefix, payload in message.frames(kind, request_id):
+                async with self._write_lock:
+                    await self._write(prefix, payload)
 
     async def _send_frame(self, kind: FrameKind, payload: bytes = b"", request_id: int = 0) -> None:
         async with self._write_lock:
