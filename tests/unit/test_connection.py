@@ -161,7 +161,7 @@ def test_a_slow_answer_does_not_hold_up_a_fast_one() -> None:
     run(main())
 
 
-def test_large_answers_interleave_on_the_stream() -> None:
+def test_large_answers_go_one_after_the_other_so_that_the_first_is_whole_soon() -> None:
     async def main() -> None:
         both = asyncio.Barrier(2)
 
@@ -177,7 +177,8 @@ def test_large_answers_interleave_on_the_stream() -> None:
                 prefix, _ = await raw.read()
                 order.append((prefix.kind, prefix.request_id))
             data = [request_id for kind, request_id in order if kind is FrameKind.DATA]
-            assert data.index(2) < len(data) - 1 - data[::-1].index(1)
+            assert len(data) > 4
+            assert data in (sorted(data), sorted(data, reverse=True))
 
     run(main())
 
