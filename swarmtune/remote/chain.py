@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import secrets
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -115,7 +116,8 @@ class Chain:
         self.ledger = ledger or Ledger()
         self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs)
         self.counters, self.events = self.caller.counters, self.caller.events
-        self._passes, self._chains = 0, asyncio.Semaphore(MAX_CHAINS)
+        # Tickets of an earlier process with the same identity must not come again: a server may still hold gradients under them.
+        self._passes, self._chains = secrets.randbits(48), asyncio.Semaphore(MAX_CHAINS)
         self._waits, self._told_at = 0, -math.inf
 
     @property
