@@ -94,7 +94,7 @@ class Connection:
         self._flushing, self._asked_about = False, 0
         self._slots = asyncio.Semaphore(max(1, self._limits.open_messages // 2))  # the peer has no more than twice as many
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard_at = self._said_at = now()
+        self._heard_at = self._said_at = self._pinged_at = now()
         self._dropping: set[int] = set()
         self._refusing: set[asyncio.Task[None]] = set()
         self._failure: TransportError | None = None
@@ -464,7 +464,10 @@ class Connection:
                 await self._ping()
 
     async def _ping(self) -> None:
-        asked_at = now()
+        """Ask for a sign of life. The silence counts from the first ping that nobody has answered, also over calls that end sooner."""
+        if self._heard_at >= self._pinged_at:
+            self._pinged_at = now()
+        asked_at = self._pinged_at
         self._post(FrameKind.PING, min(self._sent, default=0))
         while self._waiting and self._heard_at < asked_at:
             if now() - asked_at > SILENCE_S:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import ModuleType
 from typing import Any
@@ -280,6 +281,24 @@ def test_a_peer_that_goes_silent_fails_every_open_request(monkeypatch: pytest.Mo
             assert all(isinstance(answer, TransportError) and "silent" in str(answer) for answer in answers)
             with pytest.raises(TransportError, match="silent"):
                 await ours.request(SMALL, 60)
+
+    run(main())
+
+
+def test_a_silent_peer_is_found_by_short_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends before the silence is long enough, as a question for a description does."""
+    monkeypatch.setattr(module, "SILENCE_S", 1.0)
+    monkeypatch.setattr(module, "PING_EVERY_S", 0.1)
+
+    async def main() -> None:
+        async with against_raw(None) as (client, _):
+            began = time.monotonic()
+            while not client.closed.is_set():
+                with pytest.raises(TransportError):
+                    await client.request(SMALL, 0.3)
+                await asyncio.sleep(0.05)
+                assert time.monotonic() - began < 5
+            assert time.monotonic() - began > 1
 
     run(main())
 
