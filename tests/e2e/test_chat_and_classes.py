@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.e2e.test_main_job import POCKET, run, summary_of
 
 pytestmark = pytest.mark.e2e
-SHORT = ["trainer.max_steps=2", "trainer.limit_val_batches=2", "run_dir=out"]
+SHORT = ["trainer.max_steps=2", "trainer.limit_val_batches=2", "swarm.servers=1", "run_dir=out"]
 
 
 def test_conversations_train_and_leave_their_template_beside_the_adapter(tmp_path: Path) -> None:
