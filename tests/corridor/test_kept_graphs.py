@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from swarmtune.wire.messages import ServerInfo
 from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable
 
 BLOCKS = 4
+one_by_one = partial(loopback, chaining=False)
+"""Chains keep graphs too; here each call is looked at by itself."""
 
 
 def handlers(swarm: Swarm) -> list[CallHandler]:
@@ -60,7 +63,7 @@ def quiet(bloom: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rows", [4, 2], ids=["one micro-batch", "two"])
 def test_each_block_runs_forward_once_and_the_backward_sends_only_a_gradient(bloom: Path, rows: int) -> None:
-    with loopback(bloom, micro_batch_tokens=10 * rows) as swarm:
+    with one_by_one(bloom, micro_batch_tokens=10 * rows) as swarm:
         model = prepared(bloom, swarm)
         step(model, batch())
         traffic = swarm.traffic()
@@ -79,7 +82,7 @@ def test_gradients_do_not_depend_on_what_is_kept(models: dict[str, Path], family
     local = local_peft(models[family], lora(family))
     set_values([trainable(local)])
     expected = step(local, batch(padding="left"))
-    with loopback(models[family]) as swarm:
+    with one_by_one(models[family]) as swarm:
         limit(swarm, budget_bytes)
         found = step(prepared(models[family], swarm, lora(family)), batch(padding="left"))
         assert forwards(swarm) == BLOCKS * (1 if budget_bytes == 1 << 30 else 2) or budget_bytes == 300_000
@@ -90,7 +93,7 @@ def test_gradients_do_not_depend_on_what_is_kept(models: dict[str, Path], family
 
 
 def test_graphs_that_are_lost_are_computed_again_and_said(bloom: Path, quiet: dict[str, Tensor]) -> None:
-    with loopback(bloom) as swarm:
+    with one_by_one(bloom) as swarm:
         model = prepared(bloom, swarm)
         loss = model(**batch()).loss
         assert kept(swarm) == 2
@@ -102,7 +105,7 @@ def test_graphs_that_are_lost_are_computed_again_and_said(bloom: Path, quiet: di
 
 
 def test_a_full_budget_evicts_and_never_fails(bloom: Path) -> None:
-    with loopback(bloom, micro_batch_tokens=10) as swarm:
+    with one_by_one(bloom, micro_batch_tokens=10) as swarm:
         model = prepared(bloom, swarm)
         step(model, batch())
         quiet = step(model, batch())[2]
@@ -119,7 +122,7 @@ def test_a_full_budget_evicts_and_never_fails(bloom: Path) -> None:
 
 
 def test_graphs_of_a_client_that_goes_are_freed(bloom: Path) -> None:
-    with loopback(bloom) as swarm:
+    with one_by_one(bloom) as swarm:
         loss = prepared(bloom, swarm)(**batch()).loss
         assert kept(swarm) == 2
         freed = handlers(swarm)
@@ -129,7 +132,7 @@ def test_graphs_of_a_client_that_goes_are_freed(bloom: Path) -> None:
 
 
 def test_a_graph_that_nobody_comes_back_for_is_released_with_the_next_forward(bloom: Path, quiet: dict[str, Tensor]) -> None:
-    with loopback(bloom) as swarm:
+    with one_by_one(bloom) as swarm:
         model = prepared(bloom, swarm)
         for _ in range(3):
             model(**batch())  # its loss is dropped
@@ -140,7 +143,7 @@ def test_a_graph_that_nobody_comes_back_for_is_released_with_the_next_forward(bl
 
 
 def test_a_graph_that_is_too_old_is_freed_and_the_backward_goes_on(bloom: Path, quiet: dict[str, Tensor]) -> None:
-    with loopback(bloom) as swarm:
+    with one_by_one(bloom) as swarm:
         model = prepared(bloom, swarm)
         loss = model(**batch()).loss
         for handler in handlers(swarm):
@@ -154,7 +157,7 @@ def test_a_graph_that_is_too_old_is_freed_and_the_backward_goes_on(bloom: Path, 
 
 
 def test_a_second_backward_through_the_same_forward_gives_the_same_bits(bloom: Path, quiet: dict[str, Tensor]) -> None:
-    with loopback(bloom) as swarm:
+    with one_by_one(bloom) as swarm:
         model = prepared(bloom, swarm)
         loss = model(**batch()).loss
         loss.backward(retain_graph=True)
@@ -165,7 +168,7 @@ def test_a_second_backward_through_the_same_forward_gives_the_same_bits(bloom: P
 
 
 def test_nothing_is_kept_where_nothing_learns(bloom: Path) -> None:
-    with loopback(bloom, ["0:1", "1:2", "2:4"]) as swarm:
+    with one_by_one(bloom, ["0:1", "1:2", "2:4"]) as swarm:
         model = prepared(bloom, swarm)
         model.requires_grad_(False)
         model(**batch())
@@ -177,7 +180,7 @@ def test_nothing_is_kept_where_nothing_learns(bloom: Path) -> None:
 
 def test_nothing_is_kept_below_the_lowest_trained_block(bloom: Path) -> None:
     upper = lora("bloom", layers_to_transform=[3])
-    with loopback(bloom, ["0:2", "2:4"]) as swarm, loopback(bloom, ["3:4", "0:3"]) as alone:
+    with one_by_one(bloom, ["0:2", "2:4"]) as swarm, one_by_one(bloom, ["3:4", "0:3"]) as alone:
         loss = prepared(bloom, swarm, upper)(**batch()).loss
         assert [len(handler.graphs) for handler in handlers(swarm)] == [0, 1]
         own = prepared(bloom, alone, upper)(**batch()).loss
@@ -192,7 +195,7 @@ def test_the_input_of_the_body_gets_its_gradient_through_kept_graphs(bloom: Path
     prompts = swarmtune.DeepPromptConfig(num_tokens=3)
     found = []
     for budget_bytes in (0, 1 << 30):
-        with loopback(bloom) as swarm:
+        with one_by_one(bloom) as swarm:
             limit(swarm, budget_bytes)
             torch.manual_seed(0)
             model = remote(bloom, swarm, prompts)
@@ -204,7 +207,7 @@ def test_the_input_of_the_body_gets_its_gradient_through_kept_graphs(bloom: Path
 def test_dropout_masks_of_a_kept_graph_are_those_of_a_recomputed_one(bloom: Path) -> None:
     found = []
     for budget_bytes in (0, 1 << 30):
-        with loopback(bloom) as swarm:
+        with one_by_one(bloom) as swarm:
             limit(swarm, budget_bytes)
             model = prepared(bloom, swarm, lora("bloom", lora_dropout=0.3)).train()
             torch.manual_seed(4)
@@ -214,7 +217,7 @@ def test_dropout_masks_of_a_kept_graph_are_those_of_a_recomputed_one(bloom: Path
 
 def test_servers_of_before_and_servers_that_keep_graphs_work_together(bloom: Path, quiet: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     info = CallHandler.info.fget
-    with loopback(bloom) as swarm:
+    with one_by_one(bloom) as swarm:
         old = handlers(swarm)[0]
 
         def described(handler: CallHandler) -> ServerInfo:
@@ -236,7 +239,7 @@ def test_a_graph_is_freed_as_soon_as_it_is_let_go_and_counts_what_it_holds(bloom
         return packed
 
     monkeypatch.setattr(Tape, "_pack", watched)
-    with loopback(bloom, ["0:4"]) as swarm:
+    with one_by_one(bloom, ["0:4"]) as swarm:
         loss = prepared(bloom, swarm)(**batch()).loss
         handler = handlers(swarm)[0]
         frozen = {tensor.untyped_storage().data_ptr() for _, block in handler._span.weights.blocks.items() for tensor in block.state_dict().values()}
@@ -257,6 +260,6 @@ def test_a_graph_is_freed_as_soon_as_it_is_let_go_and_counts_what_it_holds(bloom
 
 @pytest.mark.parametrize("call", range(4))
 def test_the_server_of_any_call_dies_over_kept_graphs(bloom: Path, quiet: dict[str, Tensor], call: int) -> None:
-    with loopback(bloom, ["0:2", "2:4", "0:2", "2:4"], faults=Faults(after={call})) as swarm:
+    with one_by_one(bloom, ["0:2", "2:4", "0:2", "2:4"], faults=Faults(after={call})) as swarm:
         assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
         assert swarm.traffic().retries == 1
