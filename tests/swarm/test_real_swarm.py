@@ -64,7 +64,8 @@ def test_step_is_bitwise_quiet_after_sigkill(bloom: Path, alive: swarmtune.Local
         loss = model(**batch()).loss if loss is None else loss
         loss.backward()
         assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
-        assert swarm.traffic().retries >= 1
+        # A death that is noticed before anything is asked of the dead costs a forward again, and no failed call.
+        assert swarm.traffic().retries >= 1 or (phase == "between" and swarm.traffic().calls > 8)
 
 
 async def _used(swarm: swarmtune.Swarm) -> set[str]:
