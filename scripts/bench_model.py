@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from swarmtune.errors import UsageError
+from swarmtune.remote.pipeline import Pipelined
 
 HEADS, VOCABULARY, RANK = 16, 4096, 8
 
@@ -86,14 +87,17 @@ class BodyClock:
 
 
 def trainer(model: nn.Module, ids: Tensor, piece_rows: int | None = None, clock: BodyClock | None = None) -> Callable[[], float]:
-    """A function that takes one optimizer step and gives the loss; of a large batch, ``piece_rows`` rows at a time."""
+    """A function that takes one optimizer step as a ``LightningModule`` does, and gives the loss; of a large batch, some rows at a time."""
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+    pipelined = Pipelined(model)
 
     def run() -> float:
         optimizer.zero_grad()
         total = 0.0
         for piece in ids.split(piece_rows or len(ids)):
-            loss = model(input_ids=piece, labels=piece).loss * (len(piece) / len(ids))
+            given, share = {"input_ids": piece, "labels": piece}, len(piece) / len(ids)
+            loss = pipelined(given, share)
+            loss = (model(**given).loss if loss is None else loss) * share
             loss.backward()
             if clock is not None:
                 clock.backward_ended()

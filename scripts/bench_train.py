@@ -58,7 +58,9 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
     with (
         thread_budget(options),
         serving(path, spans, options, directory, preset.link) as place,
-        place.connect(micro_batch_tokens=options.micro_batch_tokens, max_in_flight=options.in_flight, codec=options.codec) as swarm,
+        place.connect(
+            micro_batch_tokens=options.micro_batch_tokens, max_in_flight=options.in_flight, pipeline=options.pipeline, codec=options.codec
+        ) as swarm,
     ):
         torch.manual_seed(1)
         remote = swarmtune.load_causal_lm(path, swarm, adapter=lora())

@@ -273,8 +273,8 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
         if (rule := adapter.regularise()) is not None:
             # PEFT adds it to a validation's loss too, which would then be no loss over tokens any more.
             model.register_forward_hook(lambda module, args, output: rule(output) if module.training else output)
-    body.guard = GradientGuard(lambda: [parameter for parameter in model.parameters() if parameter.requires_grad])
-    model.register_forward_hook(body.guard.watch)
+    body.guard = guard = GradientGuard(lambda: [parameter for parameter in model.parameters() if parameter.requires_grad])
+    model.register_forward_hook(lambda module, args, output: None if body.staged.output_BTH is not None else guard.watch(module, args, output))
     model.eval()
     model.config.use_cache = False
     if getattr(model, "generation_config", None) is not None:

@@ -24,6 +24,7 @@ FREE = (
         "swarm.spans",
         "swarm.threads",
         "swarm.max_in_flight",
+        "swarm.in_flight_gib",
     ),
 )
 """Keys that a resumed run may change: they decide where and how it runs, not what it computes."""

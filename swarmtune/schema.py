@@ -9,7 +9,7 @@ from typing import Any
 
 from swarmtune.data_schema import DataConfig, need
 from swarmtune.errors import UsageError
-from swarmtune.types import BlockSpan
+from swarmtune.types import BlockSpan, Pipeline
 
 
 class Dtype(enum.Enum):
@@ -98,7 +98,11 @@ class SwarmConfig:
     micro_batch_tokens: int = 4096
     """Tokens per request; a larger batch is split, so that several requests are under way at once."""
     max_in_flight: int = 4
-    """Requests under way at once."""
+    """Micro-batches under way at once."""
+    in_flight_gib: float = 1.0
+    """GiB of hidden states under way at once, there and back; one micro-batch is under way in any case."""
+    pipeline: Pipeline = Pipeline.ONE_F_ONE_B
+    """For training with several micro-batches: ``1f1b`` starts each backward as soon as its micro-batch is through, ``gpipe`` after all forwards."""
     patience_s: float = 30.0
     """Seconds of trying other servers before a call fails."""
     call_timeout_s: float = 300.0
@@ -132,6 +136,7 @@ class SwarmConfig:
                 raise ValueError(f"spans: {error}") from error
         need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
+        need(0 < self.in_flight_gib < 1e6, f"in_flight_gib must be above 0 and below a million, got {self.in_flight_gib}")
         need(0 < self.call_timeout_s < 1e6, f"call_timeout_s must be above 0 and below a million, got {self.call_timeout_s}")
         need(0 < self.patience_s < 1e6, f"patience_s must be above 0 and below a million, got {self.patience_s}")
 

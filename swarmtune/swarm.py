@@ -21,6 +21,7 @@ from swarmtune.remote.route import Directory, Discovery
 from swarmtune.remote.totals import ServerTotals
 from swarmtune.transport.base import Traffic, Transport, TransportError
 from swarmtune.transport.loop import LoopThread
+from swarmtune.types import Pipeline
 from swarmtune.wire.compression import Codec
 
 if TYPE_CHECKING:
@@ -346,6 +347,8 @@ def connect(
     *,
     micro_batch_tokens: int = 4096,
     max_in_flight: int = 4,
+    in_flight_gib: float = 1.0,
+    pipeline: str = "1f1b",
     patience_s: float = 30.0,
     call_timeout_s: float = 300.0,
     chaining: bool = True,
@@ -360,6 +363,8 @@ def connect(
         initial_peers: multiaddresses of some servers, such as ``/ip4/10.0.0.1/tcp/31337/p2p/12D3Koo...``; one that answers is enough.
         micro_batch_tokens: a batch is cut into micro-batches of at most this many tokens (at least one row each).
         max_in_flight: micro-batches under way at once.
+        in_flight_gib: GiB of their hidden states, what goes and what comes; one micro-batch is under way in any case.
+        pipeline: how the ``LightningModule`` overlaps micro-batches: ``"1f1b"`` or ``"gpipe"``. A call of the model is always ``"gpipe"``.
         patience_s: how long a call looks for a server before it raises ``SwarmError``.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states and gradients on to each other where they can; the bits do not depend on it.
@@ -389,7 +394,20 @@ def connect(
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")
-    settings = ChainSettings(micro_batch_tokens, max_in_flight, float(patience_s), float(call_timeout_s), bool(chaining), codecs)
+    if not isinstance(in_flight_gib, int | float) or not 0 < in_flight_gib < 1e6:
+        raise UsageError(f"in_flight_gib must be a number above 0 and below a million, got {in_flight_gib!r}")
+    if pipeline not in Pipeline._value2member_map_:
+        raise UsageError(f"pipeline must be one of {', '.join(Pipeline)}, got {pipeline!r}")
+    settings = ChainSettings(
+        micro_batch_tokens,
+        max_in_flight,
+        float(patience_s),
+        float(call_timeout_s),
+        bool(chaining),
+        codecs,
+        in_flight_bytes=int(in_flight_gib * (1 << 30)),
+        pipeline=Pipeline(pipeline),
+    )
     ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()
     loop.start()

@@ -1,4 +1,4 @@
-"""The values that cross doors: spans of blocks and named arguments.
+"""The values that cross doors: spans of blocks, named arguments, and the order of work.
 
 Shape suffixes used throughout: B batch, T sequence, H hidden size, V vocabulary, R adapter rank.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from swarmtune.errors import KwargError, UsageError
@@ -127,3 +128,12 @@ class Kwarg:
         if found.stop > num_blocks:
             raise KwargError(f"kwarg {self.name}: blocks {found} reach outside the model, which has blocks 0:{num_blocks}")
         return found
+
+
+class Pipeline(StrEnum):
+    """How training overlaps micro-batches; the result does not depend on it but for the order in which a head's gradients are added."""
+
+    ONE_F_ONE_B = "1f1b"
+    """Each goes back as soon as it has come forward (Narayanan et al. 2019, PipeDream); head and loss are computed for one at a time."""
+    GPIPE = "gpipe"
+    """All go forward, then head and loss are computed for all of them, then all go back (Huang et al. 2019, GPipe)."""

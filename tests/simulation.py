@@ -11,6 +11,7 @@ import random
 import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from servers.span import Span
 from swarmtune.errors import SwarmtuneError
 from swarmtune.remote.chain import Chain, ChainSettings
 from swarmtune.remote.ledger import Ledger
+from swarmtune.remote.pipeline import Pipelined
 from swarmtune.remote.route import Directory
 from swarmtune.remote.verdict import Verdict, judge_lines
 from swarmtune.transport.loopback import CLIENT, LoopbackTransport, Streams
@@ -95,6 +97,18 @@ class InlineLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(coroutine)
+
+    def begin(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def wait(self, *futures: Future[Any]) -> None:
+        async def one_is_done() -> None:
+            done = asyncio.Event()
+            for future in futures:
+                future.add_done_callback(lambda _: done.set())
+            await done.wait()
+
+        self.loop.run_until_complete(one_is_done())
 
     def post(self, callback: Callable[[], object]) -> None:
         callback()
@@ -300,6 +314,7 @@ class Lines:
 class Outcome:
     """What became of a run of steps."""
 
+    pipelined: bool = False
     grads: list[dict[str, Tensor]] = field(default_factory=list)
     errors: list[SwarmtuneError] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -317,9 +332,11 @@ class Simulator:
 
     def __init__(self, path: Path, spans: Sequence[str] = ("0:2", "2:4", "0:2", "2:4"), micro_batch_tokens: int = 20) -> None:
         self._settings = ChainSettings(micro_batch_tokens=micro_batch_tokens, patience_s=30.0)
-        with loopback(path, spans) as swarm:
+        with loopback(path, spans, micro_batch_tokens=micro_batch_tokens) as swarm:
             self._model: PreTrainedModel = remote(path, swarm, lora("bloom"))
             set_values([dict(self._model.adapter.named_parameters())])
+            self._pipelined = Pipelined(self._model)
+            self._one_f_one_b()  # looks, this once, whether the loss can be taken in parts
             (digest,) = swarm._models
         self._digest, self._blocks = digest, self._model.body.num_blocks
         held: dict[str, Span] = {}
@@ -329,7 +346,7 @@ class Simulator:
             held.setdefault(span, handler._span)
             self._parts.append((f"peer{number}", handler._info, held[span]))
         self.quiet = self.run([])
-        self.expected = self.quiet.grads[0]
+        self.expected = {False: self.quiet.grads[0], True: self.run([], pipelined=True).grads[0]}
         self.points = self.quiet.points
 
     def run(
@@ -339,6 +356,7 @@ class Simulator:
         steps: int = 2,
         warm: bool = False,
         cold: bool = False,
+        pipelined: bool = False,
         restart_s: float | None = RESTART_S,
         slow: Mapping[str, float] | None = None,
         prepare: Callable[[World, Chain], None] | None = None,
@@ -350,11 +368,12 @@ class Simulator:
             steps: how many, the first one with armed faults.
             warm: run three steps before.
             cold: cut all connections before, so that they are opened again with the faults armed.
+            pipelined: train as the ``LightningModule`` does, 1F1B.
             restart_s: when a killed server is back; ``None`` for never.
             slow: how many times as long as the others a server takes from then on, by name.
             prepare: called before the armed steps.
         """
-        loop, outcome = InlineLoop(), Outcome()
+        loop, outcome = InlineLoop(), Outcome(pipelined)
         executors = {name: InlineExecutor(COMPUTE_S) for name, _, _ in self._parts}
         handlers = {name: CallHandler(info, span, executors[name]) for name, info, span in self._parts}  # type: ignore[arg-type]
         for handler in handlers.values():
@@ -366,8 +385,9 @@ class Simulator:
             chain = Chain(world, directory, self._settings, Ledger(lines))  # type: ignore[arg-type]
             body = self._model.body
             body._loop, body._chain = loop, chain
+            one_step = self._one_f_one_b if pipelined else self._all_then_all
             for _ in range(3 * warm):
-                step(self._model, batch())
+                one_step()
             if cold:
                 loop.run(_quietly(world))
             for name, times in (slow or {}).items():
@@ -378,7 +398,7 @@ class Simulator:
             for _ in range(steps):
                 began = loop.loop.time()
                 try:
-                    outcome.grads.append(step(self._model, batch())[2])
+                    outcome.grads.append(one_step())
                 except SwarmtuneError as error:
                     outcome.errors.append(error)
                 outcome.seconds.append(loop.loop.time() - began)
@@ -392,12 +412,23 @@ class Simulator:
         outcome.verdict = judge_lines(lines.lines)
         return outcome
 
+    def _all_then_all(self) -> dict[str, Tensor]:
+        return step(self._model, batch())[2]
+
+    def _one_f_one_b(self) -> dict[str, Tensor]:
+        self._model.zero_grad()
+        loss = self._pipelined(batch())
+        assert loss is not None
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in self._model.adapter.named_parameters() if parameter.grad is not None}
+
     def wrong(self, outcome: Outcome) -> str:
         """What is wrong with an outcome of faults that a step must survive; empty where nothing is."""
         if outcome.errors:
             return f"a step failed: {outcome.errors[0]}"
         for number, grads in enumerate(outcome.grads):
-            bad = [name for name in self.expected if not torch.equal(grads[name], self.expected[name])]
+            expected = self.expected[outcome.pipelined]
+            bad = [name for name in expected if not torch.equal(grads[name], expected[name])]
             if bad:
                 return f"step {number}: {len(bad)} gradients differ, first {bad[0]}"
         if not outcome.verdict.clean:
@@ -410,9 +441,9 @@ class Simulator:
         """One of each kind and phase at each point of the first step, which begins as ``how`` says to ``run``."""
         return self._each(range(self.run([], steps=1, **how).points))
 
-    def every_second_fault(self, first: Fault) -> list[Fault]:
+    def every_second_fault(self, first: Fault, **how: Any) -> list[Fault]:
         """After ``first``: one of each kind and phase at each later point, those of the retry included."""
-        return self._each(range(first.point + 1, self.run([first], steps=1).points))
+        return self._each(range(first.point + 1, self.run([first], steps=1, **how).points))
 
     @staticmethod
     def _each(points: range) -> list[Fault]:
@@ -424,7 +455,7 @@ class Simulator:
         points = source.sample(range(self.points + self.points // 2), source.randint(1, 4))
         kinds = sorted(PHASES) + ["kill"] * (len(PHASES) - 1)  # every second one
         faults = [Fault(point, kind := source.choice(kinds), source.choice(PHASES[kind])) for point in sorted(points)]
-        return faults, {"warm": source.random() < 0.5, "cold": source.random() < 0.25}
+        return faults, {"warm": source.random() < 0.5, "cold": source.random() < 0.25, "pipelined": source.random() < 0.5}
 
 
 def _never() -> Any:

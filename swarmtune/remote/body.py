@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,33 @@ from torch import Tensor, nn
 
 from swarmtune.errors import KwargError, NonFinite, UsageError
 from swarmtune.remote.batch import KwargPlan, micro_batches
-from swarmtune.remote.chain import Chain
+from swarmtune.remote.chain import Chain, ChainSettings
 from swarmtune.remote.function import BodyCall, RemoteSequential
 from swarmtune.remote.guard import GradientGuard
 from swarmtune.remote.uploads import digests_of
 from swarmtune.transport.loop import LoopThread
 from swarmtune.types import Kwarg
 from swarmtune.wire.messages import AdapterSpec
+
+
+class BodyReached(BaseException):
+    """A model that runs only as far as to its body has reached it; not for handlers of errors."""
+
+    def __init__(self, call: BodyCall, hidden_BTH: Tensor, tensors: list[Tensor]) -> None:
+        super().__init__("the body has been reached")
+        self.call, self.hidden_BTH, self.tensors = call, hidden_BTH, tensors
+
+
+class Staged(threading.local):
+    """For each thread, what its calls of a model leave out.
+
+    Attributes:
+        captures: stop at the body.
+        output_BTH: what the body is taken to have returned.
+    """
+
+    captures = False
+    output_BTH: Tensor | None = None
 
 
 class RemoteBody(nn.Module):
@@ -26,6 +47,7 @@ class RemoteBody(nn.Module):
         num_blocks: how many blocks there are.
         hidden_size: width of the hidden states.
         guard: puts gradients back when a backward fails; ``None`` where nobody has said what learns.
+        staged: whether this thread runs a model only as far as to the body, or only from there on.
     """
 
     def __init__(self, loop: LoopThread, chain: Chain, num_blocks: int, hidden_size: int) -> None:
@@ -33,6 +55,12 @@ class RemoteBody(nn.Module):
         self._loop, self._chain = loop, chain
         self.num_blocks, self.hidden_size = num_blocks, hidden_size
         self.guard: GradientGuard | None = None
+        self.staged = Staged()
+
+    @property
+    def settings(self) -> ChainSettings:
+        """How calls are cut."""
+        return self._chain.settings
 
     def forward(
         self,
@@ -63,6 +91,23 @@ class RemoteBody(nn.Module):
             SwarmError: some blocks could not be run within the patience.
             NonFinite: a block gave a NaN or an infinity.
         """
+        call, tensors = self._prepare(hidden_BTH, attention_mask, position_ids, kwargs, adapter, seed, whole)
+        if self.staged.captures:
+            raise BodyReached(call, hidden_BTH, tensors)
+        output_BTH: Tensor = RemoteSequential.apply(call, hidden_BTH, *tensors)
+        return output_BTH
+
+    def _prepare(
+        self,
+        hidden_BTH: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        kwargs: Iterable[Kwarg],
+        adapter: AdapterSpec | None,
+        seed: int | None,
+        whole: bool,
+    ) -> tuple[BodyCall, list[Tensor]]:
+        """Check and plan a call."""
         if hidden_BTH.dim() != 3 or hidden_BTH.shape[2] != self.hidden_size or not hidden_BTH.is_floating_point() or 0 in hidden_BTH.shape:
             raise KwargError(
                 f"hidden states must be floating-point (batch, sequence, {self.hidden_size}), got {hidden_BTH.dtype} {tuple(hidden_BTH.shape)}"
@@ -79,8 +124,7 @@ class RemoteBody(nn.Module):
                 f"{hidden_BTH.shape[0] * hidden_BTH.shape[1]}, or use a smaller batch"
             )
         call = BodyCall(self._loop, self._chain, plans, adapter, seed, self.guard, digests_of(plans, [kwarg.tensor for kwarg in every]))
-        output_BTH: Tensor = RemoteSequential.apply(call, hidden_BTH, *(kwarg.tensor for kwarg in every))
-        return output_BTH
+        return call, [kwarg.tensor for kwarg in every]
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """A connection cannot be copied.

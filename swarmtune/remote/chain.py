@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -38,12 +38,14 @@ from swarmtune.remote.ledger import Ledger, Page, Way
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.transport.base import Transport
 from swarmtune.transport.clock import now
-from swarmtune.types import BlockSpan
+from swarmtune.types import BlockSpan, Pipeline
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
 from swarmtune.wire.messages import SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Tail = Callable[[int, Tensor], Awaitable[Tensor]]
+"""What comes behind the body."""
 WAIT_S = 0.25
 """How often a call that finds nobody looks again."""
 TELL_EVERY_S = 5.0
@@ -63,10 +65,12 @@ class ChainSettings:
     Attributes:
         micro_batch_tokens: tokens of one micro-batch, at least one row.
         max_in_flight: micro-batches under way at once.
+        in_flight_bytes: of their hidden states, what goes and what comes; one micro-batch is under way in any case.
         patience_s: how long to look for a server before giving up.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states on to each other, where they can.
         codecs: how hidden states and gradients travel; exact unless asked for otherwise.
+        pipeline: how training overlaps micro-batches.
     """
 
     micro_batch_tokens: int = 4096
@@ -75,6 +79,13 @@ class ChainSettings:
     call_timeout_s: float = 300.0
     chaining: bool = True
     codecs: Codecs = field(default_factory=Codecs)
+    in_flight_bytes: int = 1 << 30
+    pipeline: Pipeline = Pipeline.ONE_F_ONE_B
+
+    def at_once(self, micro: Sequence[Batch]) -> int:
+        """How many of these micro-batches may be under way at once."""
+        largest = max(2 * batch.hidden_BTH.nbytes for batch in micro)
+        return max(1, min(self.max_in_flight, self.in_flight_bytes // largest))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,9 +150,8 @@ class Chain:
             KwargError: a server says that the call does not fit the model.
         """
         page.begin("forward")
-        whole = BlockSpan(0, self._directory.num_blocks)
-        works = [_Work(batch, page, "forward", self._patience(), input_grad=input_grad, chaining=self.settings.chaining) for batch in micro]
-        found = await self._all(page, "forward", [self._forward_span(work, whole, work.batch.hidden_BTH) for work in works])
+        works = [self._work(batch, page, "forward", input_grad) for batch in micro]
+        found = await self._all(micro, page, ["forward"], [self._forward_span(work, self._whole, work.batch.hidden_BTH) for work in works])
         page.end("forward")
         return found
 
@@ -153,17 +163,79 @@ class Chain:
         Raises:
             SwarmError: some blocks could not be run within the patience; nothing has been applied.
         """
-        lowest = 0 if input_grad else min((plan.blocks.start for plan in micro[0].plans if plan.requires_grad), default=self._directory.num_blocks)
+        lowest = self._lowest(micro, input_grad)
         page.begin("backward", lowest)
-        works = [_Work(batch, page, "backward", self._patience(), chaining=self.settings.chaining) for batch in micro]
-        self._passes += 1
-        found = PassGradients(micro[0].plans, legs, self._passes)
+        found = self._gradients(micro)
+        for own in legs:
+            found.ran(own)
+        works = [self._work(batch, page, "backward") for batch in micro]
         walks = [self._backward_legs(work, own, grad, input_grad, found) for work, own, grad in zip(works, legs, grads, strict=True)]
-        inputs = await self._all(page, "backward", walks)
-        if lacking := found.lacking():
-            await self._all(page, "backward", [self._backward_again(each, page, found) for each in lacking])
+        inputs = await self._all(micro, page, ["backward"], walks)
+        await self._complete(micro, page, ["backward"], found)
         page.end("backward", lowest)
         return inputs, found
+
+    async def train(self, micro: Sequence[Batch], page: Page, input_grad: bool, tail: Tail) -> tuple[list[Tensor | None], PassGradients]:
+        """Forward and backward of every micro-batch, each as soon as it can be: 1F1B (Narayanan et al. 2019, PipeDream).
+
+        Args:
+            micro: the micro-batches.
+            page: of the ledger.
+            input_grad: whether the gradient by the input is wanted.
+            tail: for the number of a micro-batch and its output, the gradient by that output.
+
+        Returns:
+            What ``backward`` returns, the same to the bit.
+
+        Raises:
+            SwarmError: some blocks could not be run within the patience; nothing has been applied.
+            NonFinite: a block gave a NaN or an infinity.
+            KwargError: a server says that the call does not fit the model.
+        """
+        lowest = self._lowest(micro, input_grad)
+        page.begin("forward")
+        page.begin("backward", lowest)
+        found = self._gradients(micro)
+        left: list[KeptGraph] = []
+
+        async def both(batch: Batch) -> Tensor | None:
+            legs, output_BTH = await self._forward_span(self._work(batch, page, "forward", input_grad), self._whole, batch.hidden_BTH)
+            left.extend(graph for leg in legs for graph in leg.graphs())
+            found.ran(legs)
+            grad_BTH = await tail(batch.index, output_BTH)
+            return await self._backward_legs(self._work(batch, page, "backward"), legs, grad_BTH, input_grad, found)
+
+        ways: list[Way] = ["forward", "backward"]
+        try:
+            inputs = await self._all(micro, page, ways, [both(batch) for batch in micro])
+            await self._complete(micro, page, ways, found)
+        except BaseException:
+            self.caller.release(left)
+            raise
+        page.end("forward")
+        page.end("backward", lowest)
+        return inputs, found
+
+    @property
+    def _whole(self) -> BlockSpan:
+        return BlockSpan(0, self._directory.num_blocks)
+
+    def _work(self, batch: Batch, page: Page, way: Way, input_grad: bool | None = None) -> _Work:
+        return _Work(batch, page, way, self._patience(), input_grad=input_grad, chaining=self.settings.chaining)
+
+    def _lowest(self, micro: Sequence[Batch], input_grad: bool) -> int:
+        """The lowest block to which a backward must go."""
+        trained = [plan.blocks.start for plan in micro[0].plans if plan.requires_grad]
+        return 0 if input_grad else min(trained, default=self._directory.num_blocks)
+
+    def _gradients(self, micro: Sequence[Batch]) -> PassGradients:
+        self._passes += 1
+        return PassGradients(micro[0].plans, len(micro), self._passes)
+
+    async def _complete(self, micro: Sequence[Batch], page: Page, ways: Sequence[Way], found: PassGradients) -> None:
+        """Ask again for what a server was to add and did not."""
+        if lacking := found.lacking():
+            await self._all(micro, page, ways, [self._backward_again(each, page, found) for each in lacking])
 
     async def _backward_again(self, lost: Withheld, page: Page, found: PassGradients) -> None:
         """The gradients by kwargs of a backward whose server was to add them, and cannot any more."""
@@ -229,9 +301,9 @@ class Chain:
     def _patience(self) -> Patience:
         return Patience(self.settings.patience_s, self.settings.call_timeout_s)
 
-    async def _all(self, page: Page, way: Way, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Run at most ``max_in_flight`` at once; the first failure cancels the others and is raised."""
-        gate = asyncio.Semaphore(self.settings.max_in_flight)
+    async def _all(self, micro: Sequence[Batch], page: Page, ways: Sequence[Way], coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Run at most as many at once as may be in flight; the first failure cancels the others and is raised."""
+        gate = asyncio.Semaphore(self.settings.at_once(micro))
 
         async def gated(coroutine: Coroutine[Any, Any, T]) -> T:
             async with gate:
@@ -241,10 +313,12 @@ class Chain:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(gated(coroutine)) for coroutine in coroutines]
         except BaseExceptionGroup as failures:
-            page.give_up(way, str(failures.exceptions[0]))
+            for way in ways:
+                page.give_up(way, str(failures.exceptions[0]))
             raise failures.exceptions[0] from failures.exceptions[0].__cause__
         except asyncio.CancelledError:
-            page.give_up(way, "the caller was interrupted")
+            for way in ways:
+                page.give_up(way, "the caller was interrupted")
             raise
         finally:
             for coroutine in coroutines:

@@ -112,9 +112,7 @@ class RemoteSequential(torch.autograd.Function):
         micro = call.cut(hidden_BTH, tensors)
         legs = ctx.legs.with_inputs(micro, entered)
         (grad_BTH,) = grads
-        # Between float16 spans gradients travel as float32, whose small numbers do not vanish.
-        travelling = torch.float32 if hidden_BTH.dtype is torch.float16 else hidden_BTH.dtype
-        parts = [part.to(travelling) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
+        parts = [travelling(part, hidden_BTH) for part in grad_BTH.split([batch.hidden_BTH.shape[0] for batch in micro])]
         try:
             inputs, found = call.wait(call.chain.backward(micro, legs, parts, ctx.needs_input_grad[1], ctx.page))
             by_kwarg = found.by_kwarg()
@@ -122,11 +120,20 @@ class RemoteSequential(torch.autograd.Function):
             if call.guard is not None:
                 call.guard.restore()
             raise
-        input_grad = None
-        if ctx.needs_input_grad[1]:
-            input_grad = torch.cat([_present(grad) for grad in inputs]).to(hidden_BTH.device, hidden_BTH.dtype)
-        by_kwarg = [None if grad is None else grad.to(tensor.device) for grad, tensor in zip(by_kwarg, tensors, strict=True)]
-        return (None, input_grad, *by_kwarg)
+        return (None, *as_gradients(inputs if ctx.needs_input_grad[1] else None, by_kwarg, hidden_BTH, tensors))
+
+
+def travelling(grad_BTH: Tensor, hidden_BTH: Tensor) -> Tensor:
+    """A gradient by hidden states as it travels: between float16 spans as float32, whose small numbers do not vanish."""
+    return grad_BTH.to(torch.float32 if hidden_BTH.dtype is torch.float16 else hidden_BTH.dtype)
+
+
+def as_gradients(
+    inputs: Sequence[Tensor | None] | None, by_kwarg: Sequence[Tensor | None], hidden_BTH: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of the hidden states, put together again where they are wanted, and of the kwargs, where they belong."""
+    input_grad = None if inputs is None else torch.cat([_present(grad) for grad in inputs]).to(hidden_BTH.device, hidden_BTH.dtype)
+    return (input_grad, *(None if grad is None else grad.to(tensor.device) for grad, tensor in zip(by_kwarg, tensors, strict=True)))
 
 
 def _present(grad: Tensor | None) -> Tensor:

@@ -13,6 +13,9 @@ from swarmtune.remote.batch import Batch, KwargPlan, Leg
 from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import GradientSum, SpanResult
 
+_Place = tuple[BlockSpan, str, int]
+"""A span, the server that has kept its graph, and the generation of the connection to it."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Withheld:
@@ -30,16 +33,29 @@ class PassGradients:
     them), then the left fold over the blocks in ascending order. So it does not depend on routes, nor on whether a server has added.
     """
 
-    def __init__(self, plans: Sequence[KwargPlan], legs: Sequence[Sequence[Leg]], ticket: int) -> None:
-        self._plans, self._count, self._ticket = plans, len(legs), ticket
-        self._summed_spans = _one_server_each(legs) if self._count > 1 else frozenset()
+    def __init__(self, plans: Sequence[KwargPlan], count: int, ticket: int) -> None:
+        self._plans, self._count, self._ticket = plans, count, ticket
+        self._summed_spans: frozenset[_Place] | None = None
         self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._withheld: dict[tuple[int, BlockSpan], Withheld] = {}
 
+    def ran(self, legs: Sequence[Leg]) -> None:
+        """The forward of one more micro-batch has run there: sums are worth asking for where all so far went to one server."""
+        places = frozenset(
+            {(leg.span, leg.kept.peer, leg.kept.generation) for leg in legs if leg.kept is not None}
+            | {(part.span, part.kept.peer, part.kept.generation) for leg in legs for part in leg.parts}
+        )
+        self._summed_spans = places if self._summed_spans is None else self._summed_spans & places
+
     def wanted(self, micro: int, span: BlockSpan) -> GradientSum | None:
         """How to ask for the gradients of ``span``: as a sum where all micro-batches went to one server, and something can be added."""
-        sums = span in self._summed_spans and any(plan.requires_grad and not plan.axes and plan.blocks.overlap(span) for plan in self._plans)
+        places = self._summed_spans or ()
+        sums = (
+            self._count > 1
+            and any(span == own for own, _, _ in places)
+            and any(plan.requires_grad and not plan.axes and plan.blocks.overlap(span) for plan in self._plans)
+        )
         return GradientSum(self._ticket, micro, self._count) if sums else None
 
     def collect(self, batch: Batch, leg: Leg, grad_BTH: Tensor, result: SpanResult, span: BlockSpan | None = None) -> None:
@@ -88,16 +104,6 @@ class PassGradients:
             if plan.requires_grad and not plan.axes and blocks is not None:
                 found += [(index, block) for block in range(blocks.start, blocks.stop)]
         return found
-
-
-def _one_server_each(legs: Sequence[Sequence[Leg]]) -> frozenset[BlockSpan]:
-    """Spans that every micro-batch has run on the same server over the same connection, which has kept the graphs."""
-    places = [
-        {(leg.span, leg.kept.peer, leg.kept.generation) for leg in own if leg.kept is not None}
-        | {(part.span, part.kept.peer, part.kept.generation) for leg in own for part in leg.parts}
-        for own in legs
-    ]
-    return frozenset(span for span, _, _ in frozenset.intersection(*map(frozenset, places)))
 
 
 def _fold(parts: Sequence[Tensor]) -> Tensor:

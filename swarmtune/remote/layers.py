@@ -43,6 +43,8 @@ class RemoteLayers(nn.Module):
     def forward(self, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """Run the remote body with the mask and positions that the model was called with, not with what the library derived from them."""
         body, adapter = self._parts
+        if body.staged.output_BTH is not None:
+            return as_output(body.staged.output_BTH, self._output_items)
         mask, positions, prefix = getattr(self.given, "arguments", (None, None, ()))
         if adapter is None:
             output_BTH = body(hidden_BTH, mask, positions, kwargs=prefix)

@@ -32,7 +32,7 @@ class Ledger:
     def open(self, micro: Sequence[tuple[int, int]], blocks: int) -> Page:
         """Plan a body call: its micro-batches as first row and rows, each for blocks ``0:blocks``."""
         page = Page(next(self._numbers), len(micro), blocks, self._history)
-        page.write("plan", micro=[list(rows) for rows in micro], blocks=blocks)
+        page.write("plan", "forward", micro=[list(rows) for rows in micro], blocks=blocks)
         return page
 
     def close(self) -> None:
@@ -44,6 +44,8 @@ class Ledger:
 class Page:
     """One body call: which blocks of which micro-batch have been accepted.
 
+    A forward and a backward may be under way at the same time; what runs forward again only for its boundaries belongs to the backward that needs it.
+
     Attributes:
         step: number of the body call, from 0 in each connection.
     """
@@ -51,9 +53,10 @@ class Page:
     def __init__(self, step: int, micro: int, blocks: int, history: History | None) -> None:
         self.step = step
         self._micro, self._blocks, self._history = micro, blocks, history
-        self._pass = 0
+        self._backwards = 0
         self._tries = itertools.count()
-        self._accepted: list[list[BlockSpan]] = [[] for _ in range(micro)]
+        self._sides: dict[int, Way] = {}
+        self._accepted: dict[Way, list[list[BlockSpan]]] = {}
 
     @property
     def silent(self) -> bool:
@@ -62,20 +65,22 @@ class Page:
 
     def begin(self, way: Way, lowest: int = 0) -> None:
         """A forward, or one more backward, down to block ``lowest`` at least."""
-        self._accepted = [[] for _ in range(self._micro)]
-        self._pass += way == "backward"
-        self.write("begin", way=way, lowest=lowest)
+        self._accepted[way] = [[] for _ in range(self._micro)]
+        self._backwards += way == "backward"
+        self.write("begin", way, way=way, lowest=lowest)
 
     def ask(self, micro: int, way: Way, span: BlockSpan, peer: str, within_s: float, replay: bool) -> int:
         """Somebody is asked; returns the number of this try."""
         number = next(self._tries)
+        self._sides[number] = side = "backward" if replay else way
         if self._history is not None:
-            self.write("ask", micro=micro, way=way, span=[span.start, span.stop], peer=peer, within_s=within_s, replay=replay, number=number)
+            blocks = [span.start, span.stop]
+            self.write("ask", side, micro=micro, way=way, span=blocks, peer=peer, within_s=within_s, replay=replay, number=number)
         return number
 
     def fail(self, number: int, why: str) -> None:
         """A try came to nothing."""
-        self.write("fail", number=number, why=why[:300])
+        self.write("fail", self._sides[number], number=number, why=why[:300])
 
     def accept(self, number: int, micro: int, span: BlockSpan, replay: bool) -> None:
         """An answer is going to be used.
@@ -83,13 +88,15 @@ class Page:
         Raises:
             NotExact: blocks of it have been accepted before in this pass, which would count them twice.
         """
-        self.write("accept", number=number)
+        side = self._sides[number]
+        self.write("accept", side, number=number)
         if replay:
             return
-        twice = next((old for old in self._accepted[micro] if old.overlap(span)), None)
+        accepted = self._accepted[side][micro]
+        twice = next((old for old in accepted if old.overlap(span)), None)
         if twice is not None:
             raise NotExact(f"blocks {span} of micro-batch {micro} of call {self.step} were about to be counted twice, {twice} had been accepted")
-        self._accepted[micro].append(span)
+        accepted.append(span)
 
     def end(self, way: Way, lowest: int = 0) -> None:
         """Everything that was planned is there.
@@ -97,23 +104,23 @@ class Page:
         Raises:
             NotExact: it is not.
         """
-        for micro, spans in enumerate(self._accepted):
+        for micro, spans in enumerate(self._accepted[way]):
             position = self._blocks
             for span in sorted(spans, reverse=True):
                 if span.stop == position:
                     position = span.start
             if position > lowest or sum(map(len, spans)) != self._blocks - position:
                 raise NotExact(f"the {way} of micro-batch {micro} of call {self.step} lacks blocks {lowest}:{position}")
-        self.write("end", way=way, lowest=lowest)
+        self.write("end", way, way=way, lowest=lowest)
 
     def give_up(self, way: Way, why: str) -> None:
         """This pass ends without a result; nothing of it is used."""
-        self.write("give up", way=way, why=why[:300])
+        self.write("give up", way, way=way, why=why[:300])
 
-    def write(self, event: str, **fields: Any) -> None:
-        """One line of the history."""
+    def write(self, event: str, side: Way, **fields: Any) -> None:
+        """One line of the history, which belongs to the forward or to the latest backward."""
         if self._history is not None:
-            self._history.write({"event": event, "step": self.step, "pass": self._pass, "lane": 0, **fields})
+            self._history.write({"event": event, "step": self.step, "pass": self._backwards if side == "backward" else 0, "lane": 0, **fields})
 
 
 class History:

@@ -114,11 +114,15 @@ def _lines(text: str, path: str) -> Iterator[dict[str, Any]]:
         yield line
 
 
+def _key(line: dict[str, Any]) -> tuple[int, int]:
+    return line["step"], line["pass"]
+
+
 class _Judge:
     def __init__(self) -> None:
         self.verdict = Verdict()
         self._plans: dict[int, dict[str, Any]] = {}
-        self._passes: dict[int, _Pass] = {}
+        self._passes: dict[tuple[int, int], _Pass] = {}
 
     def take(self, line: dict[str, Any]) -> None:
         match line["event"]:
@@ -153,14 +157,14 @@ class _Judge:
         if plan is None:
             self.verdict.out_of_plan.append(f"{name} began without a plan")
             return
-        before = self._passes.get(line["step"])
-        if before is not None and not before.over:
+        before = self._passes.get((line["step"], line["pass"] - 1))
+        if line["pass"] > 1 and before is not None and not before.over:  # a forward may go on beside its first backward
             self.verdict.unended.append(f"{before.name} never ended")
-        self._passes[line["step"]] = _Pass(name, len(plan["micro"]), plan["blocks"], {index: [] for index in range(len(plan["micro"]))})
+        self._passes[_key(line)] = _Pass(name, len(plan["micro"]), plan["blocks"], {index: [] for index in range(len(plan["micro"]))})
 
     def _ask(self, line: dict[str, Any]) -> None:
         self.verdict.tries += 1
-        found = self._passes.get(line["step"])
+        found = self._passes.get(_key(line))
         start, stop = line["span"]
         if found is None or found.over or not 0 <= line["micro"] < found.micro or not 0 <= start < stop <= found.blocks:
             self.verdict.out_of_plan.append(
@@ -170,7 +174,7 @@ class _Judge:
         found.tries[line["number"]] = _Try(line["micro"], line["way"], (start, stop), line["within_s"], line["replay"], line["t"])
 
     def _over(self, line: dict[str, Any], how: str) -> _Try | None:
-        found = self._passes.get(line["step"])
+        found = self._passes.get(_key(line))
         one = found.tries.get(line["number"]) if found is not None else None
         if found is None or one is None or one.over or found.over:
             self.verdict.out_of_plan.append(
@@ -189,7 +193,7 @@ class _Judge:
         one = self._over(line, "been accepted")
         if one is None or one.replay:
             return
-        found = self._passes[line["step"]]
+        found = self._passes[_key(line)]
         start, stop = one.span
         if any(start < old_stop and old_start < stop for old_start, old_stop in found.accepted[one.micro]):
             self.verdict.doubled.append(f"{found.name}: blocks {start}:{stop} of micro-batch {one.micro} were accepted twice")
@@ -206,7 +210,7 @@ class _Judge:
                 self.verdict.lost.append(f"{found.name} ended without blocks {missing} of micro-batch {micro}")
 
     def _close(self, line: dict[str, Any], *, given_up: bool) -> _Pass | None:
-        found = self._passes.get(line["step"])
+        found = self._passes.get(_key(line))
         if found is None or found.over:
             self.verdict.out_of_plan.append(f"a {line['way']} of call {line['step']} ended that was not under way")
             return None

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from swarmtune.errors import NonFinite, UsageError
+from swarmtune.remote.pipeline import Pipelined
 from swarmtune.train.packing import choose_packing
 from swarmtune.train.windows import IGNORED_LABEL
 
@@ -67,11 +68,16 @@ class AdapterModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The mean loss over what the batch asks for."""
-        loss: Tensor = self(**batch).loss
+        loss = self.training_loss(batch)
         if not torch.isfinite(loss):
             raise NonFinite(f"the training loss became {loss.item()} at step {self.global_step}: try a lower optimizer.lr or a higher precision")
         self.log("train_loss", loss, batch_size=len(batch["input_ids"]), logger=False)  # the Meter logs one row for each optimizer step
         self.log("lr", self.optimizers().param_groups[0]["lr"], logger=False)  # type: ignore[union-attr]
+        return loss
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What a step minimises."""
+        loss: Tensor = self(**batch).loss
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -147,9 +153,25 @@ class CausalLMModule(AdapterModule):
 
     _val_loss_sum, _val_tokens = 0.0, 0
     _packing_checked = False
+    _pipelined: Pipelined | None = None
+
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The mean over the predicted tokens; where the batch is cut into micro-batches, their forwards and backwards overlap."""
+        self._check(batch)
+        if self._pipelined is None:
+            self._pipelined = Pipelined(self.model)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = (scaler.get_scale() if scaler is not None else 1.0) / self.trainer.accumulate_grad_batches
+        loss = self._pipelined(batch, scale)
+        return super().training_loss(batch) if loss is None else loss
 
     def forward(self, **batch: Tensor) -> Any:
-        """The model's own output.
+        """The model's own output."""
+        self._check(batch)
+        return super().forward(**batch)
+
+    def _check(self, batch: Mapping[str, Tensor]) -> None:
+        """Refuse what this model would compute wrongly.
 
         Raises:
             UsageError: labelled texts, or packed ones that this model would not keep apart.
@@ -159,7 +181,6 @@ class CausalLMModule(AdapterModule):
         if "position_ids" in batch and not self._packing_checked:
             choose_packing("always", self.model)
             self._packing_checked = True
-        return super().forward(**batch)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the validation before."""

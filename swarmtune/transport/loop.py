@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from typing import Any, TypeVar
 
 from swarmtune.errors import SwarmError
@@ -35,10 +35,7 @@ class LoopThread:
         Raises:
             SwarmError: the loop has been closed.
         """
-        if not self._thread.is_alive():
-            coroutine.close()
-            raise SwarmError("this swarm connection is closed: connect again")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self.begin(coroutine)
         try:
             return future.result()
         except CancelledError as error:
@@ -46,6 +43,21 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``coroutine`` on the loop.
+
+        Raises:
+            SwarmError: the loop has been closed.
+        """
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise SwarmError("this swarm connection is closed: connect again")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def wait(self, *futures: Future[Any]) -> None:
+        """Wait until one of these, of coroutines that were begun or fed by them, is done."""
+        wait(futures, return_when=FIRST_COMPLETED)
 
     def post(self, callback: Callable[[], object]) -> None:
         """Have the loop call ``callback`` some time, from any thread; a loop that has been closed does not."""

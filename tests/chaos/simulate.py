@@ -51,9 +51,10 @@ def storms(simulator: Simulator, seed: int) -> Iterator[tuple[list[Fault], dict[
 
 def every_pair(simulator: Simulator) -> Iterator[tuple[list[Fault], dict[str, Any]]]:
     """Each fault at each point of a step, alone, over connections that are open, and over new ones; then with each fault at each later point."""
-    for how in ({}, {"warm": True}, {"cold": True}):
+    for how in ({}, {"warm": True}, {"cold": True}, {"pipelined": True}):
         for fault in simulator.every_fault(**how):
             yield [fault], {"steps": 1, **how}
-    for first in simulator.every_fault():
-        for second in simulator.every_second_fault(first):
-            yield [first, second], {"steps": 1}
+    for pipelined in (False, True):
+        for first in simulator.every_fault(pipelined=pipelined):
+            for second in simulator.every_second_fault(first, pipelined=pipelined):
+                yield [first, second], {"steps": 1, "pipelined": pipelined}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swarmtune.errors import SwarmtuneError
+from swarmtune.remote.pipeline import Pipelined
 from swarmtune.swarm import Swarm
 from tests.chaos.campaign import Campaign, Hang
 from tests.harness import batch, loopback, lora, remote, save_tiny, set_values
@@ -32,6 +33,7 @@ class Training:
         self.model = remote(path, swarm, lora("bloom", lora_dropout=0.1)).train()
         self.seed = seed
         set_values([self.weights()], seed)
+        self._pipelined = Pipelined(self.model)
         self._optimizer = torch.optim.AdamW(self.model.adapter.parameters(), lr=1e-3)
 
     def weights(self) -> dict[str, Tensor]:
@@ -39,10 +41,12 @@ class Training:
         return dict(self.model.adapter.named_parameters())
 
     def step(self, number: int, between: Callable[[], None] = lambda: None) -> None:
-        """One optimizer step; ``between`` is called between forward and backward."""
+        """One optimizer step, every second one with forwards and backwards beside each other; else ``between`` is called between them."""
         torch.manual_seed(self.seed * 1_000_003 + number)  # dropout; so a step that failed can be repeated
         self._optimizer.zero_grad()
-        loss = self.model(**batch(ROWS, TOKENS, seed=self.seed + number % BATCHES)).loss
+        given = batch(ROWS, TOKENS, seed=self.seed + number % BATCHES)
+        loss = self._pipelined(given) if number % 2 else None
+        loss = self.model(**given).loss if loss is None else loss
         between()
         loss.backward()
         self._optimizer.step()

@@ -99,14 +99,14 @@ def test_a_ledger_that_is_passed_by_makes_the_verdict_bad(
     def accept(self: Page, number: int, micro: int, span: Any, replay: bool) -> None:
         if breach == "skipped" and number == 0:
             return self.fail(number, "its answer was used all the same")
-        self.write("accept", number=number)
+        self.write("accept", "forward" if number < 2 else "backward", number=number)
         if breach == "doubled" and number == 1:
             again = self.ask(micro, "forward", span, "peer0", 1.0, replay)
-            self.write("accept", number=again)
+            self.write("accept", "forward" if number < 2 else "backward", number=again)
         return None
 
     monkeypatch.setattr(Page, "accept", accept)
-    monkeypatch.setattr(Page, "end", lambda self, way, lowest=0: self.write("end", way=way, lowest=lowest))
+    monkeypatch.setattr(Page, "end", lambda self, way, lowest=0: self.write("end", way, way=way, lowest=lowest))
     with training(bloom, tmp_path) as both:
         both.step()
     found = verdict(both)

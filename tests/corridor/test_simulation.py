@@ -21,6 +21,8 @@ from swarmtune.wire.messages import Fault as FaultMessage
 from swarmtune.wire.messages import FaultCode, SpanResult
 from tests.simulation import COMPUTE_S, PHASES, STALL_S, Fault, Simulator, World
 
+HOWS: list[dict[str, bool]] = [{}, {"warm": True}, {"cold": True}, {"pipelined": True}]
+STRIDES = (1, 6, 6, 2)
 PAIRS = 50
 SEEDS = 40
 
@@ -47,9 +49,9 @@ def test_the_quiet_step_is_quiet(simulator: Simulator) -> None:
     assert any(sender.split()[1].startswith("peer") for sender in simulator.quiet.senders), "servers hand on to each other"
 
 
-@pytest.mark.parametrize("how", [{}, {"warm": True}, {"cold": True}], ids=["known servers", "known call times", "new connections"])
+@pytest.mark.parametrize("how", HOWS, ids=str)
 def test_any_one_fault_at_any_point_leaves_the_bits_alone(simulator: Simulator, how: dict[str, bool]) -> None:
-    every = simulator.every_fault(**how)[:: 6 if how else 1]  # the campaign of docs/reliability.md tries all of them
+    every = simulator.every_fault(**how)[:: STRIDES[HOWS.index(how)]]  # the campaign of docs/reliability.md tries all of them
     outcomes = [(fault, simulator.run([fault], steps=1, **how)) for fault in every]
     assert [(fault, found) for fault, outcome in outcomes if (found := simulator.wrong(outcome))] == []
     assert all(outcome.struck == 1 for _, outcome in outcomes)
@@ -63,9 +65,10 @@ def test_any_two_faults_leave_the_bits_alone(simulator: Simulator) -> None:
     pairs = []
     while len(pairs) < PAIRS:
         first = source.choice(firsts)
-        later = simulator.every_second_fault(first)
-        pairs += [[first, second] for second in source.sample(later, min(5, len(later)))]
-    assert [found for pair in pairs if (found := wrong(simulator, pair, steps=1))] == []
+        pipelined = source.random() < 0.5
+        later = simulator.every_second_fault(first, pipelined=pipelined)
+        pairs += [([first, second], pipelined) for second in source.sample(later, min(5, len(later)))]
+    assert [found for pair, pipelined in pairs if (found := wrong(simulator, pair, steps=1, pipelined=pipelined))] == []
 
 
 def test_seeded_storms_leave_the_bits_alone(simulator: Simulator) -> None:
