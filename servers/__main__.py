@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for GPU kernels that this machine need not have
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    # Threads that wait for each other spin for milliseconds on cores that another server or the client needs: two servers took five times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parent: Parent | None = None
     stop = Stop().arm()
     words = list(sys.argv[1:] if argv is None else argv)

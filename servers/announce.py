@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 GREET_EVERY_S = 1.0
 EAGER_S = 60.0
+GIVE_WAY_S = 1.0
+"""More than the loops of two servers differ in time, and than a round trip."""
 ALONE_S = 60.0
 """A server that has met others and has been without them for so long says so."""
 
@@ -56,6 +59,7 @@ class Company:
         self._node, self._directory = node, directory
         self._initial = {address: peer for address in initial_peers if (peer := peer_of(address)) != node.peer_id}
         self._met: set[str] = set()
+        self._missed: set[str] = set()
         self._together_at: float | None = None
         self.grown = asyncio.Event()
 
@@ -93,18 +97,31 @@ class Company:
 
         async def meet(address: str, peer: str) -> None:
             try:
-                if peer not in connected:
+                if peer not in connected and not await self._gave_way(peer):
                     await self._node.connect(address)
                 if peer not in self._met:
                     await self._directory.greet(peer)
             except TransportError as error:
                 logger.debug("%s", error)
+                self._missed.add(peer)
                 return
+            self._missed.discard(peer)
             if peer not in self._met:
                 self._met.add(peer)
                 self.grown.set()
 
         await asyncio.gather(*(meet(address, peer) for address, peer in addresses.items() if peer not in self._met))
+
+    async def _gave_way(self, peer: str) -> bool:
+        """Whether a peer that could not be dialled has come by itself meanwhile.
+
+        libp2p dials from the port at which it listens, so two servers that dial each other within a round trip open one connection from both ends, which
+        fails; both may try again after 5 s, at the same time. So after a failure the one with the greater id waits a little.
+        """
+        if peer not in self._missed or self._node.peer_id < peer:
+            return False
+        await asyncio.sleep(GIVE_WAY_S * random.uniform(1.0, 2.0))
+        return peer in (await self._node.connected() or set())
 
     def _tell_if_alone(self) -> None:
         now = time.monotonic()

@@ -42,7 +42,7 @@ from swarmtune.wire.relay import PASSES_ON, Delivery, Relay, Send, take_relay, w
 
 logger = logging.getLogger(__name__)
 
-BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 0, 1, 2
+BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 1, 0, 2
 """Of one client, backwards go first: they end work that others wait for, and free memory. Jobs of one priority take about as long as each other."""
 PASS_ON_S = 20.0
 """How long a delivery to the next server may take; after that the caller gets what was to be delivered."""

@@ -183,6 +183,7 @@ def _quieten() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as servers do, which may share this machine's cores
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # not their parent: Lightning resets its level when imported
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -179,7 +179,9 @@ class Caller:
             room = call.answer_bytes + 2 * ALIGNMENT  # compressed, a tensor has two parts
             reply, answer = await self.exchange(hop, message, room)
             result = _result(reply, call, hop, passes_on=not last)
-            if not last and not result.sent:
+            if not last and result.sent:
+                self._directory.together(hop.peer, hops[index + 1].peer)
+            elif not last:
                 assert result.hidden_BTH is not None, "a result holds what it did not send"
                 self._directory.apart(hop.peer, hops[index + 1].peer)
                 await self.exchange(hops[index + 1], Delivery(tokens[index], result.hidden_BTH).to_message(), 0, call.grad_BTH is not None)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -35,8 +36,8 @@ HALF_LIFE_CALLS = 50
 """A server that is not asked may have become faster, so what was measured of it fades: by half in a minute, or in the time of fifty such calls."""
 SLOW_TIMES = 3.0
 """A server that takes so many times as long as the quickest for the same blocks is called slow."""
-APART_S = 60.0
-"""After so long, two servers that could not reach each other are tried again."""
+FIRST_APART_S, APART_S = 2.0, 60.0
+"""After so long, two servers that could not reach each other are tried again; doubled each time in a row."""
 MAX_SILENT = 32
 """So many servers that stopped answering are kept for the sentence that says why nobody serves a block."""
 MIXED = "mixed"
@@ -124,7 +125,7 @@ class Directory:
         self._used_at: dict[str, float] = {}
         self._checking: dict[str, asyncio.Task[None]] = {}
         self._silent: dict[str, str] = {}
-        self._apart: dict[tuple[str, str], float] = {}
+        self._apart: dict[tuple[str, str], tuple[float, float]] = {}
 
     @property
     def numeric_class(self) -> str | None:
@@ -226,12 +227,19 @@ class Directory:
 
     def apart(self, name: str, other: str) -> None:
         """One server could not reach another one: what goes between them goes by way of us for a while."""
-        self._apart[name, other] = now() + APART_S
+        until, seconds = self._apart.get((name, other), (-math.inf, FIRST_APART_S / 2))
+        if now() >= until:  # of several calls that find it out at once, the first counts
+            seconds = min(APART_S, 2 * seconds)
+            self._apart[name, other] = now() + seconds, seconds
+
+    def together(self, name: str, other: str) -> None:
+        """One server has reached another one."""
+        self._apart.pop((name, other), None)
 
     def in_touch(self, hops: Sequence[Hop]) -> bool:
         """Whether each of these can hand on to the next, as far as is known."""
         pairs = itertools.pairwise(hop.peer for hop in hops)
-        return all(self.has(hop.peer, PASSES_ON) for hop in hops) and all(now() >= self._apart.get(pair, 0.0) for pair in pairs)
+        return all(self.has(hop.peer, PASSES_ON) for hop in hops) and all(pair not in self._apart or now() >= self._apart[pair][0] for pair in pairs)
 
     def has(self, name: str, feature: str) -> bool:
         """Whether a server has said that it can do something that others cannot."""
