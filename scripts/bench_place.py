@@ -45,7 +45,7 @@ class Preset:
         return f"{4 * link.delay_ms:.0f} ms round trip and {link.rate_mbit} Mbit/s per host"
 
 
-PRESETS = {"loopback": Preset(2, None, 4096), "wan": Preset(2, "wan", 256), "wan4": Preset(4, "wan4", 128)}
+PRESETS = {"loopback": Preset(2, None, 4096), "wan": Preset(2, "wan", 256), "wan4": Preset(4, "wan4", 256)}
 
 
 @dataclass(frozen=True, slots=True)
