@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sequence", type=_positive, default=128, help="tokens of a row")
     made.add_argument("--codec", default="none", choices=("none", "bf16", "fp16", "int8"), help="how hidden states and gradients travel")
     made.add_argument("--pipeline", default="1f1b", choices=("1f1b", "gpipe"), help="how the micro-batches of a step overlap")
+    made.add_argument("--compile", default="none", choices=("none", "auto"), help="let the servers run compiled blocks, and wait until they do")
     made.add_argument("--in-flight", type=_positive, default=None, help="micro-batches under way at once (default: servers + 2, at least 4)")
     made.add_argument("--micro-batch-tokens", type=_positive, default=None, help="most tokens of a micro-batch (default: of the preset)")
     made.add_argument("--hidden", type=_positive, default=1024, help="hidden size of the model, a multiple of 16")

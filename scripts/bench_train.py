@@ -13,12 +13,16 @@ import torch
 from bench_model import BodyClock, local_peft, lora, middle_half, reference_model, spans_of, thread_budget, token_ids, trainer
 from bench_place import Place, complete, serving
 from bench_report import TURN, Panel, Report, Row, say, setting
+from torch import nn
 
 import swarmtune
+from swarmtune.errors import SwarmError
 from swarmtune.remote.batch import micro_batches
-from swarmtune.swarm import SwarmTraffic
+from swarmtune.swarm import Swarm, SwarmTraffic
 
-LOCAL, SWARM = "local PEFT", "swarm"
+LOCAL, SWARM, COMPILED = "local PEFT", "swarm", "local PEFT, compiled"
+COMPILE_S = 300.0
+"""How long servers may take until all forwards of a step run compiled code."""
 SERVER_PARTS = ("compute_s", "queue_s", "network_s", "block_forwards", "bytes_up", "bytes_down")
 
 
@@ -33,7 +37,7 @@ class Turns:
     """
 
     steps: int = 0
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {LOCAL: [], SWARM: []})
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     router_s: float = 0.0
@@ -59,14 +63,22 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         thread_budget(options),
         serving(path, spans, options, directory, preset.link) as place,
         place.connect(
-            micro_batch_tokens=options.micro_batch_tokens, max_in_flight=options.in_flight, pipeline=options.pipeline, codec=options.codec
+            micro_batch_tokens=options.micro_batch_tokens,
+            max_in_flight=options.in_flight,
+            pipeline=options.pipeline,
+            compile=options.compile,
+            codec=options.codec,
         ) as swarm,
     ):
         torch.manual_seed(1)
         remote = swarmtune.load_causal_lm(path, swarm, adapter=lora())
         sides = {LOCAL: trainer(local, ids, clock=clock), SWARM: trainer(remote, ids)}
+        if options.compile == "auto":
+            sides[COMPILED] = trainer(compiled(local_peft(path, options.dtype)), ids)
         for run in sides.values():
             run()
+        if options.compile == "auto":
+            wait_until_compiled(swarm, sides)
         clock.forward_s = clock.backward_s = 0.0
         before = swarm.traffic()
         turns = take_turns(sides, options, place)
@@ -79,13 +91,48 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         rows.append({"figure": "the emulated network's own share of the cores", "value": f"{turns.router_s / turns.wall_s:.2f} of a core"})
     says = [preset.says, f"{options.servers} servers with {options.threads} threads", f"micro-batches of {options.micro_batch_tokens} tokens"]
     says += [f"codec {options.codec}"] if options.codec != "none" else []
-    name = "_".join(["bench_train", options.preset, *([] if options.dtype == "float32" else [options.dtype])])
+    says += ["compiled blocks on the servers"] if options.compile == "auto" else []
+    name = "_".join(
+        [
+            "bench_train",
+            options.preset,
+            *([] if options.dtype == "float32" else [options.dtype]),
+            *(["compiled"] if options.compile == "auto" else []),
+        ]
+    )
     return Report("train", name, setting(options, *says), rows, panels(options, turns, counts, body_s))
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The same model with its blocks compiled, as the servers compile theirs."""
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    torch._dynamo.config.recompile_limit = 4 * len(layers)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+    return model
+
+
+def wait_until_compiled(swarm: Swarm, sides: Mapping[str, Callable[[], float]]) -> None:
+    """Take steps, on all sides alike, until every forward of one has run compiled code.
+
+    Raises:
+        SwarmError: that does not come.
+    """
+    ends_at = time.monotonic() + COMPILE_S
+    while True:
+        before = swarm.traffic()
+        for run in sides.values():
+            run()
+        after = swarm.traffic()
+        if 2 * (after.compiled - before.compiled) >= after.calls - before.calls:
+            return
+        if time.monotonic() > ends_at:
+            raise SwarmError(f"the servers did not compile their blocks within {COMPILE_S:.0f} s: their logs say why")
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], options: argparse.Namespace, place: Place) -> Turns:
     """Each round, every side takes its steps; who begins alternates."""
-    turns = Turns(options.rounds * options.steps)
+    turns = Turns(options.rounds * options.steps, {name: [] for name in sides})
     began, router_s = time.perf_counter(), place.lab.router_cpu_s() if place.lab is not None else 0.0
     for turn in range(options.rounds):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
@@ -166,8 +213,20 @@ def speed_rows(options: argparse.Namespace, turns: Turns) -> list[Row]:
         {"figure": "local PEFT, training tok/s", "value": round(rates[LOCAL], 1)},
         {"figure": "swarm, training tok/s", "value": round(rates[SWARM], 1)},
         {"figure": f"swarm / local PEFT (median of {options.rounds} turns)", "value": round(statistics.median(turns.ratios), 3)},
+        *compiled_rows(turns, rates),
         {"figure": "the middle half of these ratios", "value": middle_half(turns.ratios)},
         {"figure": "loss of the last step, relative difference", "value": f"{difference:.2g}"},
+    ]
+
+
+def compiled_rows(turns: Turns, rates: Mapping[str, float]) -> list[Row]:
+    """The same against compiled blocks here, where those were measured."""
+    if COMPILED not in turns.seconds:
+        return []
+    ratios = [here / there for here, there in zip(turns.seconds[COMPILED], turns.seconds[SWARM], strict=True)]
+    return [
+        {"figure": "local PEFT with compiled blocks, training tok/s", "value": round(rates[COMPILED], 1)},
+        {"figure": "swarm / local PEFT with compiled blocks", "value": round(statistics.median(ratios), 3)},
     ]
 
 

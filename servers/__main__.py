@@ -22,7 +22,7 @@ from servers.stopping import Stop
 from swarmtune.config import resolve_path
 from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
 from swarmtune.notices import printable
-from swarmtune.schema import Dtype
+from swarmtune.schema import Compile, Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +207,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     import torch
 
     import swarmtune
+    from servers.compiled import cannot_compile
     from servers.graphs import Graphs
     from servers.memory import GIB, activation_budget, check_fits, estimate
     from servers.numeric import numeric_class, numeric_facts
@@ -248,7 +249,13 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     )
     room = activation_budget(device) if config.activation_gib is None else int(config.activation_gib * GIB)
     logger.info("at most %.2f GiB of activations are kept for backwards", room / GIB)
-    return Span(model_config, site, blocks, weights, dtype, device, Graphs(room, config.activation_ttl_s)), info
+    span = Span(model_config, site, blocks, weights, dtype, device, Graphs(room, config.activation_ttl_s))
+    if config.compile is Compile.AUTO:
+        if why := cannot_compile(device, dtype, quantise):
+            logger.info("nothing is compiled for clients that ask for it: %s", why)
+        else:
+            span.compile_in_background()
+    return span, info
 
 
 def pick_device(name: str) -> torch.device:

@@ -115,8 +115,8 @@ class Company:
     async def _gave_way(self, peer: str) -> bool:
         """Whether a peer that could not be dialled has come by itself meanwhile.
 
-        libp2p dials from the port at which it listens, so two servers that dial each other within a round trip open one connection from both ends, which
-        fails; both may try again after 5 s, at the same time. So after a failure the one with the greater id waits a little.
+        libp2p dials from the port at which it listens, so two servers that dial each other within a round trip open one connection from both ends,
+        which fails; both may try again after 5 s, at the same time. So after a failure the one with the greater id waits a little.
         """
         if peer not in self._missed or self._node.peer_id < peer:
             return False

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarmtune.config import compose
-from swarmtune.schema import Dtype, Quantize
+from swarmtune.schema import Compile, Dtype, Quantize
 from swarmtune.types import BlockSpan
 
 TEXT_KEYS = frozenset(("model", "blocks", "identity", "name", "family"))
@@ -76,6 +76,8 @@ class ServeConfig:
     """GiB of activations kept from forwards for their backwards; a quarter of what is free after loading if not given; 0 keeps nothing."""
     activation_ttl_s: float = 600.0
     """Seconds after which activations that nobody came back for are freed."""
+    compile: Compile = Compile.AUTO
+    """``auto`` compiles, in the background, the blocks for clients that ask for it (``swarm.compile=auto``); ``none`` does not."""
     parent_fd: int | None = None
     """Set by ``LocalSwarm``: a socket to the parent process, whose end ends this server."""
 

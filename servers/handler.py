@@ -24,6 +24,7 @@ from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.initial import InitialCall
 from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import (
+    COMPILES,
     KEEPS_GRAPHS,
     STORES_TENSORS,
     SUMS_GRADIENTS,
@@ -43,7 +44,8 @@ from swarmtune.wire.relay import PASSES_ON, Delivery, Relay, Send, take_relay, w
 logger = logging.getLogger(__name__)
 
 BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 1, 0, 2
-"""Of one client, backwards go first: they end work that others wait for, and free memory. Jobs of one priority take about as long as each other."""
+"""Of one client, forwards go first: they have the longest way before them, and the last micro-batch ends the step. What they keep is bounded by what
+the client lets be in flight. Jobs of one priority take about as long as each other."""
 PASS_ON_S = 20.0
 """How long a delivery to the next server may take; after that the caller gets what was to be delivered."""
 CALLS = (CallKind.FORWARD, CallKind.BACKWARD, CallKind.KEPT_BACKWARD, CallKind.INITIAL)
@@ -95,6 +97,7 @@ class CallHandler:
 
     def _features(self) -> tuple[str, ...]:
         own = (KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS, *(feature(codec) for codec in Codec if codec is not Codec.NONE))
+        own = own if self._span.compiler is None else (*own, COMPILES)
         return own if self.deliver is None else (*own, PASSES_ON)
 
     @property

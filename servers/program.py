@@ -91,6 +91,14 @@ class Programs:
         self._kept.move_to_end(key)
         return program
 
+    def copy(self, span: BlockSpan, adapter: AdapterSpec | None) -> Program:
+        """A program like ``get``'s that only its caller has; its frozen tensors are the same.
+
+        Raises:
+            WireError: as ``get``.
+        """
+        return self._build(span, adapter)
+
     def _evict(self, newest: tuple[BlockSpan, str]) -> None:
         """Let the least recently used go: of all where there are too many, of those that hold memory where it is too much."""
         while len(self._kept) > MAX_PROGRAMS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, PretrainedConfig
 
+from servers.compiled import Compiler, NotCompiled
 from servers.dropout import DropoutPlan, active
 from servers.gradients import Graph, gradients
 from servers.graphs import GraphGone, Graphs, Tape
@@ -74,6 +75,7 @@ class Span:
         graphs: what forwards have left behind.
         sums: gradients that wait for those of other micro-batches.
         block_forwards: blocks run forward so far, those that a backward runs again included.
+        compiler: of programs for calls that allow compiled ones; ``None`` where nothing is compiled.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Span:
         self.sums = Sums()
         self.graphs = graphs or Graphs(GRAPH_BYTES, GRAPH_TTL_S)
         self.block_forwards = 0
+        self.compiler: Compiler | None = None
 
     def forward(self, call: SpanCall, client: str = "") -> SpanResult:
         """Run the called blocks; where the call asks to keep the graph and there is room, it stays behind under a handle of ``client``.
@@ -104,7 +107,20 @@ class Span:
             NonFinite: an output is not finite; says which block first.
         """
         self.graphs.release(client, call.release)
-        program = self._program(call)
+        return self._on_program(call, lambda program: self._forward(program, call, client))
+
+    def _on_program(self, call: SpanCall, run: Callable[[Program], SpanResult]) -> SpanResult:
+        """Run on the compiled program, where the call allows that and there is one, else on the eager one."""
+        compiled = self.compiler.program(call) if call.compile and self.compiler is not None else None
+        if compiled is not None:
+            assert self.compiler is not None, "it has just been asked"
+            try:
+                return replace(run(compiled), compiled=True)
+            except NotCompiled:
+                self.compiler.refused(call)
+        return run(self._program(call))
+
+    def _forward(self, program: Program, call: SpanCall, client: str) -> SpanResult:
         bound = self._bind(program, call)
         hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
         trains = call.input_grad or bool(bound.leaves)
@@ -127,16 +143,42 @@ class Span:
         Raises:
             KwargError: the call does not fit these blocks.
         """
+        if not (call.input_grad or any(kwarg.requires_grad for kwarg in call.kwargs)):
+            self._bind(self._program(call), call)
+            return SpanResult(None)
+        return self._on_program(call, lambda program: self._backward(program, call, client))
+
+    def _backward(self, program: Program, call: SpanCall, client: str) -> SpanResult:
         assert call.grad_BTH is not None, "a backward has a gradient"
-        program = self._program(call)
         bound = self._bind(program, call)
         hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
-        if not (bound.leaves or call.input_grad):
-            return SpanResult(None)
         with torch.enable_grad(), _blamed_on(call):
             graph = _graph(call, bound, hidden_BTH, self._run(program, bound, call, hidden_BTH))
             result = gradients(graph, call.grad_BTH, call.input_grad)
         return self._added(graph, call, result, client)
+
+    def compile_in_background(self) -> None:
+        """From now on, calls that allow it run compiled programs, once there are some."""
+        self.compiler = Compiler(lambda call: self.programs.copy(call.span, call.adapter), self._rehearse)
+
+    def _rehearse(self, program: Program, call: SpanCall) -> None:
+        """Compile whatever calls like this one need: a forward whose graph is kept or not, and the backward; each twice, to see that it is enough."""
+        for recording in (True, True, False, False):
+            bound = self._bind(program, call)
+            learns = (call.keep or call.grad_BTH is not None) and (call.input_grad or bool(bound.leaves))
+            hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
+            around = Tape(1 << 62, program.storages).recording() if recording and learns else _graph_per_block(program)
+            with torch.set_grad_enabled(call.input_grad or bool(bound.leaves)), around:
+                output_BTH = self._run(program, bound, call, hidden_BTH, counted=False)
+            if learns and recording:
+                gradients(_graph(call, bound, hidden_BTH, output_BTH), torch.zeros_like(output_BTH), call.input_grad)
+        if call.keep or call.grad_BTH is not None:  # a lost graph's backward runs forward without a tape
+            with torch.enable_grad():
+                bound = self._bind(program, call)
+                hidden_BTH = call.hidden_BTH.to(self.device, self.dtype).detach().requires_grad_(call.input_grad)
+                if bound.leaves or call.input_grad:
+                    output_BTH = self._run(program, bound, call, hidden_BTH, counted=False)
+                    gradients(_graph(call, bound, hidden_BTH, output_BTH), torch.zeros_like(output_BTH), call.input_grad)
 
     def kept_backward(self, call: KeptCall, client: str) -> SpanResult:
         """Go back through the graph that a forward has left behind.
@@ -170,7 +212,8 @@ class Span:
             KwargError: there is no such value.
         """
         assert self.span.covers(call.span), "the handler has checked the span"
-        return InitialResult(tuple(self.programs.initial(call.span, call.names, call.adapter, call.rng)))
+        with self.compiler.quiet if self.compiler is not None else nullcontext():
+            return InitialResult(tuple(self.programs.initial(call.span, call.names, call.adapter, call.rng)))
 
     def _program(self, call: SpanCall) -> Program:
         assert self.span.covers(call.span), "the handler has checked the span"
@@ -280,12 +323,12 @@ class Span:
             raise KwargError(f"block {block} has no parameter {name!r:.200} (kwarg {kwarg.name:.200})")
         return (place,)
 
-    def _run(self, program: Program, bound: Bound, call: SpanCall, hidden_BTH: Tensor) -> Tensor:
+    def _run(self, program: Program, bound: Bound, call: SpanCall, hidden_BTH: Tensor, counted: bool = True) -> Tensor:
         plan = None if call.dropout is None else DropoutPlan(call.dropout.seed, call.dropout.first_row)
         arguments: dict[str, Any] = dict(bound.arguments)
         if bound.prefixes:
             arguments |= self._prefixed(program, bound, hidden_BTH)
-        self.block_forwards += len(program.layers)
+        self.block_forwards += len(program.layers) * counted
         replacements = {f"parent.{name}": tensor for name, tensor in bound.replacements.items()}
         with _prompts(program, bound.prompts), active(program.dropouts, plan):
             # Tied names are given one by one, because a tuner's shared tensors have several.

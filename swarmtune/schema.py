@@ -45,6 +45,13 @@ class Codec(enum.Enum):
     INT8 = "int8"
 
 
+class Compile(enum.Enum):
+    """Whether blocks may run as compiled code: faster, and other last digits than eager code."""
+
+    NONE = "none"
+    AUTO = "auto"
+
+
 class Schedule(enum.Enum):
     """Shape of the learning rate after its warm-up."""
 
@@ -101,6 +108,8 @@ class SwarmConfig:
     """Micro-batches under way at once."""
     in_flight_gib: float = 1.0
     """GiB of hidden states under way at once, there and back; one micro-batch is under way in any case."""
+    compile: Compile = Compile.NONE
+    """``auto`` lets servers run compiled blocks once they have compiled them, in the background; then last digits depend on when that is."""
     pipeline: Pipeline = Pipeline.ONE_F_ONE_B
     """For training with several micro-batches: ``1f1b`` starts each backward as soon as its micro-batch is through, ``gpipe`` after all forwards."""
     patience_s: float = 30.0

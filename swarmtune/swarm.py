@@ -54,6 +54,7 @@ class SwarmTraffic:
         servers: what each server did, in the order in which they were first asked.
         payload: bytes of tensors in messages, by direction and kind (``up hidden``, ``down kwarg gradients``).
         events: how often something went wrong, and what it cost, by kind.
+        compiled: forwards, and backwards that ran forward again, which compiled code has done.
     """
 
     bytes_up: int
@@ -64,6 +65,7 @@ class SwarmTraffic:
     servers: tuple[ServerTotals, ...]
     payload: Mapping[str, int] = field(default_factory=dict)
     events: Mapping[EventKind, Tally] = field(default_factory=dict)
+    compiled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Swarm:
             servers=tuple(replace(server) for each in counters for server in list(each.servers.values())),
             payload=dict(sum((each.payload for each in counters), Counter())),
             events={kind: _sum(log.by_kind[kind] for log in self._logs()) for kind in EventKind},
+            compiled=sum(each.compiled for each in counters),
         )
 
     def status(self) -> list[SwarmStatus]:
@@ -349,6 +352,7 @@ def connect(
     max_in_flight: int = 4,
     in_flight_gib: float = 1.0,
     pipeline: str = "1f1b",
+    compile: str = "none",
     patience_s: float = 30.0,
     call_timeout_s: float = 300.0,
     chaining: bool = True,
@@ -368,6 +372,7 @@ def connect(
         patience_s: how long a call looks for a server before it raises ``SwarmError``.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states and gradients on to each other where they can; the bits do not depend on it.
+        compile: ``"auto"`` lets servers run compiled blocks once they have compiled them, in the background; their last digits are others.
         codec: how hidden states travel: ``"none"`` (exact), ``"bf16"``, ``"fp16"`` or ``"int8"``.
         grad_codec: the same for their gradients; as ``codec`` if not given.
         credentials: must be ``None``; swarms with admission are not supported.
@@ -396,6 +401,8 @@ def connect(
             raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")
     if not isinstance(in_flight_gib, int | float) or not 0 < in_flight_gib < 1e6:
         raise UsageError(f"in_flight_gib must be a number above 0 and below a million, got {in_flight_gib!r}")
+    if compile not in ("none", "auto"):
+        raise UsageError(f"compile must be none or auto, got {compile!r}")
     if pipeline not in Pipeline._value2member_map_:
         raise UsageError(f"pipeline must be one of {', '.join(Pipeline)}, got {pipeline!r}")
     settings = ChainSettings(
@@ -407,6 +414,7 @@ def connect(
         codecs,
         in_flight_bytes=int(in_flight_gib * (1 << 30)),
         pipeline=Pipeline(pipeline),
+        compile=compile == "auto",
     )
     ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()

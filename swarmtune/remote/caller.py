@@ -36,6 +36,7 @@ from swarmtune.wire.compression import Codec, expanded, feature, squeezed
 from swarmtune.wire.frames import Incoming
 from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import (
+    COMPILES,
     DETERMINISTIC,
     KEEPS_GRAPHS,
     MAX_RELEASED,
@@ -95,11 +96,14 @@ class Caller:
         codecs: how hidden states and gradients travel.
     """
 
-    def __init__(self, transport: Transport, directory: Directory, call_timeout_s: float, codecs: Codecs | None = None) -> None:
+    def __init__(
+        self, transport: Transport, directory: Directory, call_timeout_s: float, codecs: Codecs | None = None, compile: bool = False
+    ) -> None:
         self._transport, self._directory, self._call_timeout_s = transport, directory, call_timeout_s
         self.codecs = codecs or Codecs()
         self.counters, self.events = ChainCounters(), EventLog()
         self.running: dict[int, Hop] = {}
+        self._compile, self._compiled = compile, set[tuple[str, BlockSpan]]()
         self._times = CallTimes()
         self._uploads = Uploads()
         self._released: dict[tuple[str, int], list[int]] = {}
@@ -160,6 +164,10 @@ class Caller:
             if len(hops) > 1:
                 self._times.add(purpose.way, hop.span, tokens, seconds * share)
             self._directory.succeeded(hop, seconds * share, tokens)
+            self.counters.compiled += result.compiled
+            if result.compiled and (hop.peer, hop.span) not in self._compiled:
+                self._compiled.add((hop.peer, hop.span))
+                logger.info("%s runs compiled code for blocks %s from now on: last digits are others", self.label(hop.peer), hop.span)
         return [result for result, _ in answers]
 
     async def _answers(
@@ -241,6 +249,8 @@ class Caller:
         generation = self._transport.generation(hop.peer)
         stores = self._directory.has(hop.peer, STORES_TENSORS)
         call = self._uploads.by_reference(hop.peer, generation, call) if stores else without_digests(call)
+        if self._compile and self._directory.has(hop.peer, COMPILES):
+            call = replace(call, compile=True)
         if call.keep and self._directory.has(hop.peer, KEEPS_GRAPHS):
             released = self._released.pop((hop.peer, generation), [])
             return replace(call, remaining_ms=remaining_ms, release=tuple(released[-MAX_RELEASED:])).to_message()

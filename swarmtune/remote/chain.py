@@ -71,6 +71,7 @@ class ChainSettings:
         chaining: servers hand hidden states on to each other, where they can.
         codecs: how hidden states and gradients travel; exact unless asked for otherwise.
         pipeline: how training overlaps micro-batches.
+        compile: servers may run compiled code.
     """
 
     micro_batch_tokens: int = 4096
@@ -81,6 +82,7 @@ class ChainSettings:
     codecs: Codecs = field(default_factory=Codecs)
     in_flight_bytes: int = 1 << 30
     pipeline: Pipeline = Pipeline.ONE_F_ONE_B
+    compile: bool = False
 
     def at_once(self, micro: Sequence[Batch]) -> int:
         """How many of these micro-batches may be under way at once."""
@@ -125,7 +127,7 @@ class Chain:
     def __init__(self, transport: Transport, directory: Directory, settings: ChainSettings, ledger: Ledger | None = None) -> None:
         self._transport, self._directory, self.settings = transport, directory, settings
         self.ledger = ledger or Ledger()
-        self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs)
+        self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs, settings.compile)
         self.counters, self.events = self.caller.counters, self.caller.events
         # Tickets of an earlier process with the same identity must not come again: a server may still hold gradients under them.
         self._passes, self._chains = secrets.randbits(48), asyncio.Semaphore(MAX_CHAINS)

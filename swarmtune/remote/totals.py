@@ -62,6 +62,7 @@ class ChainCounters:
     """Running totals, for people.
 
     Attributes:
+        compiled: forwards, and backwards that ran forward again, which compiled code has done.
         wait_s: seconds that the caller's thread waited for the chain.
         payload: bytes of tensors by direction and kind, such as ``up hidden``: what calls carried, sent again after a failure or not.
         servers: by peer id.
@@ -69,6 +70,7 @@ class ChainCounters:
 
     calls: int = 0
     retries: int = 0
+    compiled: int = 0
     wait_s: float = 0.0
     payload: Counter[str] = field(default_factory=Counter)
     servers: dict[str, ServerTotals] = field(default_factory=dict)

@@ -163,11 +163,13 @@ class TensorsMissing(WireError):
     """A call leaves out tensors that are not kept here."""
 
 
-_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout", "keep", "release", "sum"})
+_CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", "input_grad", "dropout", "keep", "release", "sum", "compile"})
 SUMS_GRADIENTS = "sums_gradients"
 """Feature of a server: it takes ``sum`` in a backward, and holds gradients of micro-batches until all of a pass can be added."""
 MAX_SUMMED = 4096
 KEEPS_GRAPHS = "keeps_graphs"
+COMPILES = "compiles"
+"""Feature of a server: it compiles programs for calls that allow it."""
 """Feature of a server: it takes ``keep`` and ``release`` in a forward, and the call kind ``kept_backward``."""
 MAX_RELEASED = 1024
 MAX_HANDLE = (1 << 53) - 1
@@ -286,6 +288,7 @@ class SpanCall:
         keep: a forward may leave its graph behind under a handle, because a backward will follow.
         release: handles that the caller does not need any more.
         sum: of a backward, where the gradients of all micro-batches are added on the server.
+        compile: compiled code may do it, whose last digits differ from those of eager code.
     """
 
     span: BlockSpan
@@ -300,6 +303,7 @@ class SpanCall:
     keep: bool = False
     release: tuple[int, ...] = ()
     sum: GradientSum | None = None
+    compile: bool = False
 
     @property
     def answer_bytes(self) -> int:
@@ -328,6 +332,8 @@ class SpanCall:
             fields["keep"] = True
         if self.release:
             fields["release"] = list(self.release)
+        if self.compile:
+            fields["compile"] = True
         if self.sum is not None:
             fields["sum"] = self.sum.to_json()
         tensors.update((f"k{index}", kwarg.tensor) for index, kwarg in enumerate(self.kwargs) if kwarg.carried)
@@ -361,9 +367,9 @@ class SpanCall:
             for axis, length in zip(AXES, hidden.shape[:2], strict=True):
                 if axis in kwarg.axes and kwarg.tensor.shape[kwarg.axes[axis]] != length:
                     raise WireError(f"kwarg {kwarg.name!r}: its {axis} axis does not have the length of the hidden states'")
-        input_grad, keep = fields.get("input_grad", False), fields.get("keep", False)
-        if not isinstance(input_grad, bool) or not isinstance(keep, bool):
-            raise WireError("input_grad and keep must be true or false")
+        input_grad, keep, compiled = (fields.get(name, False) for name in ("input_grad", "keep", "compile"))
+        if not all(isinstance(flag, bool) for flag in (input_grad, keep, compiled)):
+            raise WireError("input_grad, keep and compile must be true or false")
         released = fields.get("release", [])
         if not isinstance(released, list) or len(released) > MAX_RELEASED:
             raise WireError(f"release must be a list of at most {MAX_RELEASED} handles")
@@ -387,6 +393,7 @@ class SpanCall:
             keep=keep,
             release=tuple(integer(handle, "a handle", 1, MAX_HANDLE) for handle in released),
             sum=wanted,
+            compile=compiled,
         )
 
 
@@ -425,6 +432,7 @@ class SpanResult:
         withheld: gradients by kwargs without axes are held for the sum.
         summed: the micro-batches over which those that are here have been added; empty where they are this one's.
         sent: the hidden states or their gradient have gone to the next server.
+        compiled: compiled code has done it.
     """
 
     hidden_BTH: Tensor | None
@@ -434,13 +442,14 @@ class SpanResult:
     withheld: bool = False
     summed: tuple[int, ...] = ()
     sent: bool = False
+    compiled: bool = False
 
     def to_message(self) -> Message:
         """As it travels."""
         tensors = {} if self.hidden_BTH is None else {"hidden": self.hidden_BTH}
         tensors.update((f"k{index}", grad) for index, grad in self.kwarg_grads.items())
         fields: dict[str, Any] = {} if self.times is None else asdict(self.times)
-        more = {"handle": self.handle, "withheld": self.withheld, "summed": list(self.summed), "sent": self.sent}
+        more = {"handle": self.handle, "withheld": self.withheld, "summed": list(self.summed), "sent": self.sent, "compiled": self.compiled}
         return Message("result", {**fields, **{name: value for name, value in more.items() if value}}, tensors)
 
     @classmethod
@@ -476,8 +485,9 @@ class SpanResult:
             grads[index] = grad
         if tensors:
             raise WireError(f"a reply holds tensors that nobody asked for: {', '.join(sorted(tensors))[:200]}")
+        compiled = message.fields.get("compiled") is True
         handle = integer(message.fields.get("handle", 0), "a handle", 0, MAX_HANDLE)
-        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0, withheld, summed, sent)
+        return cls(hidden, grads, ServerTimes.from_json(message.fields), handle if call.keep else 0, withheld, summed, sent, compiled)
 
 
 def _sums(fields: Mapping[str, Any], call: SpanCall) -> tuple[bool, tuple[int, ...]]:

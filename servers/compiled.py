@@ -1,0 +1,182 @@
+"""Compiled programs: made in the background for calls that come again and again, and never in the path of a call.
+
+``torch.compile`` compiles at the first call with new shapes. So the first calls of a *shape class* run eagerly; a thread of its own rehearses one of
+them, forward and backward, on a copy of the program; from then on calls of that class run the copy. Whatever would need another compilation there is
+refused before it begins, and runs eagerly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from servers.program import Program
+from swarmtune.wire.messages import SpanCall
+
+logger = logging.getLogger(__name__)
+SEEN_BEFORE = 2
+"""Calls of a class before it is compiled: odd shapes come once."""
+MAX_CLASSES = 16
+"""Classes that are compiled; further ones run eagerly."""
+MAX_REMEMBERED = 256
+MAX_REHEARSALS = 4
+"""Of one class, where what the library computes depends on values, such as a mask without padding; then it runs eagerly for ever."""
+CLOSE_S = 60.0
+NICE = 10
+"""Of the compiling thread: calls go first."""
+RECOMPILE_LIMIT = 4 * MAX_REHEARSALS * MAX_CLASSES
+"""Compilations of one function: first and other blocks, with and without a gradient, of each rehearsal; beyond its limit torch would run eagerly."""
+
+
+class NotCompiled(BaseException):
+    """A call would need a compilation here and now; not for handlers of errors, of which torch has some on the way."""
+
+
+@dataclass(slots=True)
+class _Class:
+    seen: int = 0
+    rehearsals: int = 0
+    program: Program | None = None
+    ready: bool = False
+    dead: bool = False
+
+
+class Compiler:
+    """Which classes of calls have a compiled program. The device worker asks; a thread of its own compiles.
+
+    Args:
+        copy: makes a program that nobody else uses; called by the device worker.
+        rehearse: runs a call forward and backward on a program.
+    """
+
+    def __init__(self, copy: Callable[[SpanCall], Program], rehearse: Callable[[Program, SpanCall], None]) -> None:
+        self._copy, self._rehearse = copy, rehearse
+        self._classes: OrderedDict[Hashable, _Class] = OrderedDict()
+        self._wanted: SimpleQueue[tuple[_Class, SpanCall] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._prepared = False
+        self._backend = self._make_backend()
+
+    @property
+    def quiet(self) -> threading.Lock:
+        """Held while something is compiled, which saves and restores torch's global random state."""
+        return self._lock
+
+    def program(self, call: SpanCall) -> Program | None:
+        """The compiled program for a call; ``None`` where there is none, or not yet: then run it eagerly."""
+        key = shape_class(call)
+        if key is None:
+            return None
+        known = self._classes.get(key)
+        if known is None:
+            known = self._classes[key] = _Class()
+            while len(self._classes) > MAX_REMEMBERED:
+                self._classes.pop(next((name for name, each in self._classes.items() if each.program is None), key))
+        self._classes.move_to_end(key)
+        if not self._prepared:
+            prepare_torch()
+            self._prepared = True
+        known.seen += 1
+        if known.seen == SEEN_BEFORE and sum(each.program is not None for each in self._classes.values()) < MAX_CLASSES:
+            self._want(known, call)
+        return known.program if known.ready else None
+
+    def refused(self, call: SpanCall) -> None:
+        """A call did not fit what has been compiled for its class, so it is rehearsed, too; until then the class runs eagerly."""
+        known = self._classes[shape_class(call)]
+        known.ready = False
+        if known.rehearsals < MAX_REHEARSALS:
+            self._want(known, call)
+
+    def close(self) -> None:
+        """End the thread, as soon as what it compiles is done; it dies with the process in any case."""
+        if self._thread is not None:
+            self._wanted.put(None)
+            self._thread.join(CLOSE_S)
+
+    def _want(self, known: _Class, call: SpanCall) -> None:
+        if known.program is None:
+            known.program = self._copy(call)
+            for layer in known.program.layers:
+                layer.forward = torch.compile(layer.forward, backend=self._backend, dynamic=False)  # type: ignore[method-assign]
+        known.rehearsals += 1
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="swarmtune-compiler", daemon=True)
+            self._thread.start()
+        self._wanted.put((known, call))
+
+    def _work(self) -> None:
+        prepare_torch()
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        while (wanted := self._wanted.get()) is not None:
+            known, call = wanted
+            rows, sequence = call.hidden_BTH.shape[:2]
+            what, began = f"blocks {call.span} for {rows} x {sequence} tokens", time.monotonic()
+            try:
+                assert known.program is not None, "whoever wants it has made it"
+                with self._lock:
+                    self._rehearse(known.program, call)
+            except Exception as error:  # whatever it is, these calls run eagerly as before
+                known.dead = True
+                logger.warning(
+                    "%s could not be compiled, so they go on eagerly: %s", what, (str(error) or type(error).__name__).splitlines()[0][:300]
+                )
+            else:
+                known.ready = True
+                logger.info("compiled %s in %.0f s", what, time.monotonic() - began)
+            del wanted, call
+
+    def _make_backend(self) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            if threading.current_thread() is not self._thread:
+                raise NotCompiled
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(graph, inputs)
+
+        return backend
+
+
+def shape_class(call: SpanCall) -> Hashable | None:
+    """What a compilation depends on; ``None`` for calls that are not compiled: dropout changes with each step, a cache is built by the library."""
+    if call.dropout is not None or any(kwarg.name.startswith("prefix.") for kwarg in call.kwargs):
+        return None
+    kwargs = tuple(
+        (kwarg.name, kwarg.tensor.dtype, tuple(kwarg.tensor.shape), kwarg.requires_grad, tuple(sorted(kwarg.axes.items())), kwarg.blocks)
+        for kwarg in call.kwargs
+    )
+    learns = call.keep or call.grad_BTH is not None
+    adapter = call.adapter.digest if call.adapter is not None else ""
+    return call.span, adapter, tuple(call.hidden_BTH.shape), call.hidden_BTH.dtype, call.input_grad, learns, kwargs
+
+
+def cannot_compile(device: torch.device, dtype: torch.dtype, quantisation: str) -> str:
+    """Why nothing can be compiled here; empty where it can."""
+    if quantisation != "none":
+        return f"blocks held in {quantisation} are not compiled"
+    if dtype is torch.float16:
+        return "a backward through float16 is tried at several scales, which compiled code does not allow"
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+        return "there is no C++ compiler (g++ or clang++)"
+    return ""
+
+
+def prepare_torch() -> None:
+    """Settings of torch's compiler for the thread that calls this."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
+    torch._inductor.config.compile_threads = 1  # more would be processes of their own, that outlive a kill

@@ -1,0 +1,181 @@
+"""Compiled programs come in the background, are used where a call allows it, and give what eager ones give up to the last digits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from servers import compiled
+from servers.compiled import cannot_compile, shape_class
+from servers.handler import CallHandler
+from swarmtune.swarm import Swarm
+from tests.harness import batch, loopback, lora, remote, same_bits, set_values, step, worst_difference
+
+pytestmark = [
+    pytest.mark.skipif(bool(cannot_compile(torch.device("cpu"), torch.float32, "none")), reason="no C++ compiler"),
+    pytest.mark.filterwarnings("ignore"),  # torch's compiler has some about torch
+]
+WAIT_S = 120.0
+
+
+def handlers(swarm: Swarm) -> list[CallHandler]:
+    return list(swarm._transport.handlers.values())  # type: ignore[attr-defined]
+
+
+@contextmanager
+def compiling(path: Path, *spans: str, asked: bool = True, **settings: Any) -> Iterator[tuple[Swarm, torch.nn.Module]]:
+    with loopback(path, spans or ("0:4",), compile=asked, **settings) as swarm:
+        for handler in handlers(swarm):
+            handler._span.compile_in_background()
+        model = remote(path, swarm, lora("bloom"))
+        set_values([dict(model.adapter.named_parameters())])
+        yield swarm, model
+        for handler in handlers(swarm):
+            assert handler._span.compiler is not None
+            handler._span.compiler.close()
+
+
+def classes(swarm: Swarm) -> list[Any]:
+    return [each for handler in handlers(swarm) if handler._span.compiler is not None for each in handler._span.compiler._classes.values()]
+
+
+def wait_until_ready(swarm: Swarm, count: int) -> None:
+    ends_at = time.monotonic() + WAIT_S
+    while sum(each.ready for each in classes(swarm)) < count:
+        assert not any(each.dead for each in classes(swarm))
+        assert time.monotonic() < ends_at, "nothing was compiled"
+        time.sleep(0.05)
+
+
+def results(swarm: Swarm, model: torch.nn.Module, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[bool]]:
+    """Gradients of a step, and which of its forwards were compiled."""
+    ran: list[bool] = []
+    chosen = [(handler._span, handler._span._on_program) for handler in handlers(swarm)]
+    for span, real in chosen:
+
+        def noted(call: Any, run: Any, real: Any = real) -> Any:
+            result = real(call, run)
+            ran.append(result.compiled)
+            return result
+
+        span._on_program = noted  # type: ignore[method-assign]
+    try:
+        return step(model, given)[2], ran
+    finally:
+        for span, _ in chosen:
+            del span._on_program
+
+
+def test_calls_run_compiled_once_that_is_ready_and_give_nearly_the_same(bloom: Path) -> None:
+    with compiling(bloom, "0:2", "2:4") as (swarm, model):
+        eager, ran = results(swarm, model, batch())
+        assert ran == [False, False]
+        step(model, batch())
+        wait_until_ready(swarm, 2)
+        found, ran = results(swarm, model, batch())
+        assert ran == [True, True]
+        assert 0 < worst_difference(eager, found) < 1e-5
+        again, _ = results(swarm, model, batch())
+        assert same_bits(found, again)
+        for handler in handlers(swarm):  # a lost graph runs forward again, compiled too
+            handler.graphs.budget_bytes = 0
+        without_graphs, ran = results(swarm, model, batch())
+        assert all(ran)
+        assert worst_difference(found, without_graphs) < 1e-5
+        _, ran = results(swarm, model, batch(rows=3))
+        assert not any(ran)
+        assert swarm.traffic().retries == 0
+
+
+def test_who_does_not_ask_is_served_eagerly(bloom: Path) -> None:
+    with compiling(bloom, asked=False) as (swarm, model):
+        first = step(model, batch())[2]
+        for _ in range(3):
+            assert same_bits(first, step(model, batch())[2])
+        assert classes(swarm) == []
+
+
+def test_what_does_not_fit_runs_eagerly_and_is_rehearsed_too(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another type of the hidden states than was compiled for, as if it were of the same class."""
+    monkeypatch.setattr(compiled, "shape_class", lambda call: "all")
+    with compiling(bloom) as (swarm, model):
+        for _ in range(2):
+            step(model, batch())
+        wait_until_ready(swarm, 1)
+        expected, _ = results(swarm, model, batch())
+        _, ran = results(swarm, model, batch(rows=2))
+        assert ran == [False]
+        wait_until_ready(swarm, 1)
+        for rows in (2, 4):
+            found, ran = results(swarm, model, batch(rows=rows))
+            assert ran == [True]
+        assert same_bits(expected, found)
+
+
+def test_what_cannot_be_compiled_runs_eagerly_for_ever_and_says_so(
+    bloom: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    with compiling(bloom) as (swarm, model):
+        monkeypatch.setattr(handlers(swarm)[0]._span.compiler, "_rehearse", broken)
+        first = step(model, batch())[2]
+        for _ in range(3):
+            assert same_bits(first, step(model, batch())[2])
+        assert "could not be compiled, so they go on eagerly: no such instruction" in caplog.text
+
+
+def test_first_values_wait_for_what_is_being_compiled(bloom: Path) -> None:
+    """Compiling saves and restores the global random state, from which first values are drawn."""
+    with compiling(bloom) as (swarm, _):
+        span = handlers(swarm)[0]._span
+        assert span.compiler is not None
+        with span.compiler.quiet:
+            assert span.compiler.quiet.locked()
+            done = threading.Event()
+            asked = threading.Thread(target=lambda: (remote(bloom, swarm, lora("bloom", use_dora=True)), done.set()))
+            asked.start()
+            assert not done.wait(0.5)
+        asked.join(WAIT_S)
+        assert done.is_set()
+
+
+def test_classes_are_bounded(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MAX_CLASSES", 1)
+    monkeypatch.setattr(compiled, "MAX_REMEMBERED", 3)
+    with compiling(bloom) as (swarm, model):
+        monkeypatch.setattr(handlers(swarm)[0]._span.compiler, "_rehearse", lambda *_: None)
+        for rows in (1, 2, 3, 4, 1, 2, 3, 4):
+            for _ in range(2):
+                step(model, batch(rows=rows))
+        assert len(classes(swarm)) <= 3
+        assert sum(each.program is not None for each in classes(swarm)) == 1
+
+
+def test_what_cannot_run_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert "int8" in cannot_compile(cpu, torch.float32, "int8")
+    assert "float16" in cannot_compile(cpu, torch.float16, "none")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C++ compiler" in cannot_compile(cpu, torch.float32, "none")
+    assert cannot_compile(torch.device("cuda"), torch.float32, "none") == ""
+
+
+def test_dropout_and_prefixes_are_not_compiled(bloom: Path) -> None:
+    seen = []
+    with compiling(bloom) as (swarm, _):
+        model = remote(bloom, swarm, lora("bloom", lora_dropout=0.5)).train()
+        span = handlers(swarm)[0]._span
+        real = span._on_program
+        span._on_program = lambda call, run: (seen.append(shape_class(call)), real(call, run))[1]  # type: ignore[method-assign]
+        step(model, batch())
+    assert seen == [None]
