@@ -159,7 +159,9 @@ async def _work(
         parent.tell(peer=node.peer_id, addresses=list(node.addresses))
     changing = config.nat_mapping or config.auto_relay
     tasks = [
-        asyncio.create_task(announce_forever(node, directory, config.initial_peers, lambda: handler.info, addresses_change=changing)),
+        asyncio.create_task(
+            announce_forever(node, directory, config.initial_peers, lambda: handler.info, addresses_change=changing, round_trips=handler.round_trips)
+        ),
         asyncio.create_task(report.forever(config.log_every_s)),
         asyncio.create_task(expire_forever(handler.graphs)),
         asyncio.create_task(node.daemon_ended.wait()),
@@ -210,7 +212,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     from servers.compiled import cannot_compile
     from servers.graphs import Graphs
     from servers.memory import GIB, activation_budget, check_fits, estimate
-    from servers.numeric import numeric_class, numeric_facts
+    from servers.numeric import numeric_class, numeric_facts, pick_dtype
     from servers.span import Span
     from servers.weights import load_blocks
     from swarmtune.skeleton import check_identity, check_span, config_digest, load_config, stored_dtype
@@ -223,7 +225,10 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     model_config = load_config(config.model)
     site = check_identity(model_config)
     blocks = check_span(BlockSpan.parse(config.blocks), site.num_blocks)
-    dtype = stored_dtype(model_config) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
+    stored = stored_dtype(model_config)
+    dtype = pick_dtype(stored, device) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
+    if config.dtype is Dtype.AUTO and dtype is not stored:
+        logger.info("the model is stored in %s, which this %s is slow in: computing in %s", stored, device.type, dtype)
     quantise = config.quantize.value
     if dtype is torch.float16 and device.type == "cpu":
         logger.warning("float16 is many times slower than float32 on a CPU (docs/quantization.md): use dtype=bfloat16")

@@ -7,12 +7,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from swarmtune.discovery.dht import DirectoryNode
 from swarmtune.discovery.records import LIFETIME_S, RENEW_EVERY_S, Announcement, peer_of
 from swarmtune.transport.base import TransportError
 from swarmtune.transport.hivemind import HivemindNode
-from swarmtune.wire.messages import ServerInfo
+from swarmtune.wire.codec import Message, encode
+from swarmtune.wire.messages import MAX_ROUND_TRIPS, CallKind, ServerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -20,18 +22,27 @@ GREET_EVERY_S = 1.0
 EAGER_S = 60.0
 GIVE_WAY_S = 1.0
 """More than the loops of two servers differ in time, and than a round trip."""
+MEASURE_S, FADING = 2.0, 1.05
+"""A round trip that was measured counts a little more each time, so that one which has become longer is seen in a few minutes."""
 ALONE_S = 60.0
 """A server that has met others and has been without them for so long says so."""
 
 
 async def announce_forever(
-    node: HivemindNode, directory: DirectoryNode, initial_peers: Sequence[str], info: Callable[[], ServerInfo], *, addresses_change: bool = False
+    node: HivemindNode,
+    directory: DirectoryNode,
+    initial_peers: Sequence[str],
+    info: Callable[[], ServerInfo],
+    *,
+    addresses_change: bool = False,
+    round_trips: dict[str, int] | None = None,
 ) -> None:
     """Publish a fresh record every ten seconds, and stay connected to the initial peers and to all servers of the model.
 
-    Where ``addresses_change`` (a router may forward a port at any time), the daemon is asked for them before each record.
+    Where ``addresses_change`` (a router may forward a port at any time), the daemon is asked for them before each record. Into ``round_trips`` go the
+    microseconds to the other servers of the model, by peer id.
     """
-    company = Company(node, directory, initial_peers)
+    company = Company(node, directory, initial_peers, {} if round_trips is None else round_trips)
     node.rebuilt.append(company.forget)
     keeping = asyncio.create_task(company.keep_forever(lambda: info().model))
     try:
@@ -55,8 +66,8 @@ class Company:
         grown: set when a peer has been met.
     """
 
-    def __init__(self, node: HivemindNode, directory: DirectoryNode, initial_peers: Sequence[str]) -> None:
-        self._node, self._directory = node, directory
+    def __init__(self, node: HivemindNode, directory: DirectoryNode, initial_peers: Sequence[str], round_trips: dict[str, int]) -> None:
+        self._node, self._directory, self._round_trips = node, directory, round_trips
         self._initial = {address: peer for address in initial_peers if (peer := peer_of(address)) != node.peer_id}
         self._met: set[str] = set()
         self._missed: set[str] = set()
@@ -90,7 +101,22 @@ class Company:
             announcements = []
         others = [announcement for announcement in announcements if announcement.peer != self._node.peer_id]
         await self._meet({address: other.peer for other in others for address in other.addresses}, connected)
+        await self._measure({other.peer for other in others} & (await self._node.connected() or set()))
         self._tell_if_alone()
+
+    async def _measure(self, peers: set[str]) -> None:
+        """How long a short question to each of these takes; the quickest of the latest few, because a busy moment says nothing of the way."""
+        for peer in set(self._round_trips) - peers:
+            del self._round_trips[peer]
+        for peer in sorted(peers)[:MAX_ROUND_TRIPS]:
+            began = time.monotonic()
+            try:
+                await self._node.call(peer, encode(Message(CallKind.INFO), answer_bytes=0), MEASURE_S)
+            except TransportError as error:
+                logger.debug("%s", error)
+                continue
+            took_us = max(1, round((time.monotonic() - began) * 1e6))
+            self._round_trips[peer] = min(took_us, round(self._round_trips.get(peer, took_us) * FADING))
 
     async def _meet(self, addresses: Mapping[str, str], connected: set[str]) -> None:
         """All at once: each dial and each greeting has its own deadline."""
@@ -147,7 +173,7 @@ async def _look(node: HivemindNode) -> None:
 
 async def publish(node: HivemindNode, directory: DirectoryNode, info: ServerInfo) -> None:
     """Store a fresh record, which takes the place of the one before; a warning where the DHT does not take it."""
-    announcement = Announcement(node.peer_id, info, node.addresses, time.time() + LIFETIME_S)
+    announcement = Announcement(node.peer_id, replace(info, round_trips={}), node.addresses, time.time() + LIFETIME_S)
     try:
         stored, why = await directory.publish(announcement, announcement.seal(node.identity)), "refused"
     except TransportError as error:

@@ -35,7 +35,7 @@ class ServeConfig:
     blocks: str
     """The blocks to hold, half-open: ``0:4`` is blocks 0, 1, 2, 3 (in a YAML file quoted, ``"0:4"``)."""
     dtype: Dtype = Dtype.AUTO
-    """Precision of the blocks: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``."""
+    """Precision of the blocks: ``auto`` (as stored, where this hardware computes in it), ``float32``, ``bfloat16`` or ``float16``."""
     quantize: Quantize = Quantize.NONE
     """What the linear layers of the blocks hold their weights in: ``none`` (the dtype), ``int8`` or ``nf4``, by bitsandbytes."""
     memory_check: bool = True

@@ -73,6 +73,7 @@ class CallHandler:
         clock: by which its work is timed; of any thread.
         mailbox: what other servers deliver.
         deliver: calls another server, by its peer id; ``None`` where this one cannot.
+        round_trips: microseconds to other servers, by peer id, as whoever announces this one has measured them.
         draining: refuse new work, finish what is in flight.
         calls: forwards and backwards done so far.
         tokens: rows times sequence length of those calls.
@@ -86,6 +87,7 @@ class CallHandler:
         self.clock: Callable[[], float] = time.perf_counter
         self.tensors, self.mailbox = StoredTensors(), Mailbox()
         self.deliver: Callable[[str, Encoded, float], Awaitable[Incoming]] | None = None
+        self.round_trips: dict[str, int] = {}
         self.draining = False
         self.in_flight = 0
         self.calls = self.tokens = self.refused = 0
@@ -93,7 +95,9 @@ class CallHandler:
     @property
     def info(self) -> ServerInfo:
         """What this server says of itself now."""
-        return replace(self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=self._features())
+        return replace(
+            self._info, rate_tok_s=int(self._rate_tok_s), draining=self.draining, features=self._features(), round_trips=dict(self.round_trips)
+        )
 
     def _features(self) -> tuple[str, ...]:
         own = (KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS, *(feature(codec) for codec in Codec if codec is not Codec.NONE))

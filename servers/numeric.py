@@ -38,3 +38,20 @@ def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, devi
 def numeric_class(facts: dict[str, str]) -> str:
     """Sixteen hexadecimal digits of the facts."""
     return hashlib.sha256(dump_json(facts)).hexdigest()[:16]
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices itself, and does not only store them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or platform.machine() == "aarch64"
+
+
+def pick_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What ``dtype=auto`` computes in: the stored type where the device does, else bfloat16 for half of the memory, else float32.
+
+    What is stored in float32 stays so: to round a model's weights is for people to decide.
+    """
+    if stored not in (torch.float16, torch.bfloat16) or (stored is torch.float16 and device.type == "cuda"):
+        return stored
+    return torch.bfloat16 if computes_bfloat16(device) else torch.float32

@@ -219,7 +219,7 @@ class LocalSwarm:
         Args:
             model: local directory or hub id.
             spans: blocks of each server, such as ``["0:4", "4:8"]``; a span given twice is a replica.
-            dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+            dtype: ``auto`` (as stored, where this hardware computes in it), ``float32``, ``bfloat16`` or ``float16``.
             quantize: ``none``, ``int8`` or ``nf4``: what the linear layers of the blocks are held in.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             threads: of computation, per server; all cores if not given.

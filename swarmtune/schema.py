@@ -13,7 +13,7 @@ from swarmtune.types import BlockSpan, Pipeline
 
 
 class Dtype(enum.Enum):
-    """Precision of the frozen blocks; ``auto`` is the one that the model is stored in."""
+    """Precision of the frozen blocks; ``auto`` is the one that the model is stored in, where the servers' hardware computes in it."""
 
     AUTO = "auto"
     FLOAT32 = "float32"

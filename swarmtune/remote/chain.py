@@ -127,6 +127,7 @@ class Chain:
     def __init__(self, transport: Transport, directory: Directory, settings: ChainSettings, ledger: Ledger | None = None) -> None:
         self._transport, self._directory, self.settings = transport, directory, settings
         self.ledger = ledger or Ledger()
+        directory.chained = settings.chaining
         self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs, settings.compile)
         self.counters, self.events = self.caller.counters, self.caller.events
         # Tickets of an earlier process with the same identity must not come again: a server may still hold gradients under them.

@@ -30,6 +30,8 @@ FIRST_BAN_S, MAX_BAN_S = 2.0, 60.0
 FORGIVEN_S = 10.0
 """A server that failed is put behind others so long for each fault in a row, or until it has done a call."""
 HOP_COST_S = 1e-3
+FAMILY_RTT_S = 1e-3
+"""Round trip between servers of one family, which are on one LAN, where they have not measured it."""
 SMOOTHING = 0.3
 HALF_LIFE_S = 60.0
 HALF_LIFE_CALLS = 50
@@ -107,7 +109,11 @@ class Hop:
 
 
 class Directory:
-    """The servers of one model. Lives on the loop thread."""
+    """The servers of one model. Lives on the loop thread.
+
+    Attributes:
+        chained: servers hand on to each other, so routes prefer servers that are near each other.
+    """
 
     def __init__(self, transport: Transport, discovery: Discovery, model: str, num_blocks: int) -> None:
         self._transport, self._discovery = transport, discovery
@@ -125,6 +131,7 @@ class Directory:
         self._used_at: dict[str, float] = {}
         self._checking: dict[str, asyncio.Task[None]] = {}
         self._silent: dict[str, str] = {}
+        self.chained = False
         self._apart: dict[tuple[str, str], tuple[float, float]] = {}
 
     @property
@@ -208,13 +215,13 @@ class Directory:
         quantised = {peer.info.numeric_class: peer.info.quantisation != "none" for peer in candidates}
         classes = sorted(quantised, key=lambda name: (name != self._numeric_class, quantised[name], name))
         for numeric_class in classes:
-            hops = _cheapest([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens)
+            hops = _cheapest([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens, self.chained)
             if hops is not None:
                 self._prefer(numeric_class)
                 return hops
         modes = sorted({(peer.info.quantisation != "none", peer.info.mode) for peer in candidates})
         for among in (*([peer for peer in candidates if peer.info.mode == mode] for _, mode in modes), candidates):
-            hops = _cheapest(among, start, stop, tokens)
+            hops = _cheapest(among, start, stop, tokens, self.chained)
             if hops is not None:
                 self._prefer(MIXED)
                 return hops
@@ -466,20 +473,57 @@ class Directory:
         return BlocksUnserved(detail, tuple(missing))
 
 
-def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int) -> list[Hop] | None:
-    """Shortest path over block boundaries; ties go to fewer hops, then to the peer's name."""
-    best: dict[int, tuple[float, int, tuple[str, ...], list[Hop]]] = {start: (0.0, 0, (), [])}
+def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int, chained: bool = False) -> list[Hop] | None:
+    """Shortest path over block boundaries and the servers that end there; ties go to fewer hops, then to the peer's name.
+
+    Args:
+        peers: who may be asked.
+        start: first block.
+        stop: behind the last one.
+        tokens: of a call; 0 counts only what the network takes.
+        chained: servers hand on to each other, so what is between them counts, and of the way to us only that to the first and from the last one.
+    """
+    best: dict[int, dict[str, _Reached]] = {start: {"": _Reached(0.0, (), ())}}
     for position in range(start, stop):
-        reached = best.get(position)
-        if reached is None:
-            continue
-        cost_s, count, names, hops = reached
-        for peer in peers:
+        for peer in peers if position in best else ():
             if position not in peer.info.span:
                 continue
             span = BlockSpan(position, min(stop, peer.info.span.stop))
-            total = cost_s + HOP_COST_S + peer.rtt_s + peer.pace_s() * tokens * len(span)
-            candidate = (total, count + 1, (*names, peer.name), [*hops, Hop(peer.name, span, peer.info.numeric_class)])
-            if span.stop not in best or candidate[:3] < best[span.stop][:3]:
-                best[span.stop] = candidate
-    return best[stop][3] if stop in best else None
+            hop, work_s = Hop(peer.name, span, peer.info.numeric_class), HOP_COST_S + peer.pace_s() * tokens * len(span)
+            for reached in best[position].values():
+                total_s = reached.cost_s + work_s + _way_s(reached.peers[-1] if reached.peers else None, peer, chained)
+                candidate = _Reached(total_s, (*reached.peers, peer), (*reached.hops, hop))
+                ends = best.setdefault(span.stop, {})
+                if peer.name not in ends or candidate.order() < ends[peer.name].order():
+                    ends[peer.name] = candidate
+    if stop not in best:
+        return None
+    last_way_s = {name: reached.peers[-1].rtt_s / 2 if chained and reached.peers else 0.0 for name, reached in best[stop].items()}
+    return list(min(best[stop].items(), key=lambda item: (item[1].cost_s + last_way_s[item[0]], *item[1].order()[1:]))[1].hops)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """A way to a block boundary."""
+
+    cost_s: float
+    peers: tuple[Peer, ...]
+    hops: tuple[Hop, ...]
+
+    def order(self) -> tuple[float, int, tuple[str, ...]]:
+        return self.cost_s, len(self.hops), tuple(hop.peer for hop in self.hops)
+
+
+def _way_s(before: Peer | None, peer: Peer, chained: bool) -> float:
+    """Seconds for which hidden states travel before ``peer`` has them, and without chains until we have its output."""
+    if not chained:
+        return peer.rtt_s
+    return (peer.rtt_s if before is None else _between_s(before, peer)) / 2
+
+
+def _between_s(peer: Peer, other: Peer) -> float:
+    """Round trip between two servers: as they say, else short within a family, else as if we were half-way."""
+    said = peer.info.round_trips.get(other.name) or other.info.round_trips.get(peer.name)
+    if said:
+        return said / 1e6
+    return FAMILY_RTT_S if peer.info.family and peer.info.family == other.info.family else (peer.rtt_s + other.rtt_s) / 2

@@ -168,6 +168,9 @@ SUMS_GRADIENTS = "sums_gradients"
 """Feature of a server: it takes ``sum`` in a backward, and holds gradients of micro-batches until all of a pass can be added."""
 MAX_SUMMED = 4096
 KEEPS_GRAPHS = "keeps_graphs"
+MAX_ROUND_TRIPS = 64
+"""To other servers, in what a server says of itself."""
+MAX_ROUND_TRIP_US = 60_000_000
 COMPILES = "compiles"
 """Feature of a server: it compiles programs for calls that allow it."""
 """Feature of a server: it takes ``keep`` and ``release`` in a forward, and the call kind ``kept_backward``."""
@@ -559,6 +562,7 @@ class ServerInfo:
         family: whose server it is; the same on all servers of one owner.
         draining: it finishes what is in flight and takes no new work.
         features: what it takes in calls that older servers refuse.
+        round_trips: microseconds from it to other servers, by peer id, as it measured them.
     """
 
     model: str
@@ -574,6 +578,7 @@ class ServerInfo:
     family: str = ""
     draining: bool = False
     features: tuple[str, ...] = ()
+    round_trips: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def quantisation(self) -> str:
@@ -590,6 +595,8 @@ class ServerInfo:
         fields = asdict(self)
         fields["span"], fields["block_digests"] = [self.span.start, self.span.stop], list(self.block_digests)
         fields["features"] = list(self.features)
+        if not self.round_trips:
+            del fields["round_trips"]
         return fields
 
     def to_message(self) -> Message:
@@ -613,6 +620,9 @@ class ServerInfo:
             raise WireError("a server's features must be a short list")
         if not isinstance(digests, list) or len(digests) != len(span) or span.stop > num_blocks:
             raise WireError("a server's span, its digests and the number of blocks do not fit together")
+        round_trips = fields.get("round_trips", {})
+        if not isinstance(round_trips, dict) or len(round_trips) > MAX_ROUND_TRIPS:
+            raise WireError(f"a server's round trips must be an object of at most {MAX_ROUND_TRIPS} peers")
         if not isinstance(numeric, dict) or len(numeric) > 32:
             raise WireError("a server's numeric class must be a short object")
         return cls(
@@ -628,5 +638,6 @@ class ServerInfo:
             rate_tok_s=integer(fields.get("rate_tok_s", 0), "rate_tok_s"),
             family=text(fields.get("family", ""), "family", 128),
             draining=draining,
+            round_trips={text(peer, "a peer"): integer(said, "a round trip", 1, MAX_ROUND_TRIP_US) for peer, said in round_trips.items()},
             features=tuple(text(feature, "a feature", 64) for feature in features),
         )

@@ -381,7 +381,7 @@ def test_the_fields_of_a_backward_through_a_kept_graph_are_those_of_the_code() -
 
 
 def test_the_description_of_a_server_has_the_fields_of_the_code() -> None:
-    assert column("info") == [field.name for field in fields(ServerInfo)] == list(INFO.to_json())
+    assert column("info") == [field.name for field in fields(ServerInfo)] == list(replace(INFO, round_trips={"peer": 1}).to_json())
 
 
 def test_the_fields_of_a_call_for_first_values_are_those_of_the_code() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from servers import numeric
 from servers.addresses import announced_addresses, check_port, listen_addresses
 from servers.config import ServeConfig, Transport, read_words
 from servers.progress import loading
@@ -165,3 +167,27 @@ def test_closed_output_is_no_error_of_its_own() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("swarmtune serve: model: no such directory: /no/such")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "native", "expected"),
+    [
+        ("float32", "cpu", True, "float32"),
+        ("float32", "cuda", True, "float32"),
+        ("bfloat16", "cpu", True, "bfloat16"),
+        ("bfloat16", "cpu", False, "float32"),
+        ("bfloat16", "cuda", False, "float32"),
+        ("float16", "cpu", True, "bfloat16"),
+        ("float16", "cpu", False, "float32"),
+        ("float16", "cuda", False, "float16"),
+    ],
+)
+def test_auto_is_the_stored_type_where_the_hardware_computes_in_it(
+    stored: str, device: str, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numeric, "computes_bfloat16", lambda device: native)
+    assert numeric.pick_dtype(getattr(torch, stored), torch.device(device)) is getattr(torch, expected)
+
+
+def test_what_this_machine_computes_in_can_be_told() -> None:
+    assert numeric.computes_bfloat16(torch.device("cpu")) in (True, False)
