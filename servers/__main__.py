@@ -163,7 +163,7 @@ async def _work(
             announce_forever(node, directory, config.initial_peers, lambda: handler.info, addresses_change=changing, round_trips=handler.round_trips)
         ),
         asyncio.create_task(report.forever(config.log_every_s)),
-        asyncio.create_task(expire_forever(handler.graphs)),
+        asyncio.create_task(expire_forever(handler.graphs, handler.sums)),
         asyncio.create_task(node.daemon_ended.wait()),
     ]
     try:

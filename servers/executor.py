@@ -84,6 +84,7 @@ class Executor:
         self._seconds: dict[int, float] = {}
         self._numbers = itertools.count()
         self._running: tuple[float, float] | None = None  # when it began, and how long it should take
+        self._afterwards: list[Callable[[], None]] = []
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="swarmtune-device", daemon=True)
 
@@ -128,6 +129,12 @@ class Executor:
                     known.jobs.remove(job)
             job.run = None  # the tensors of a dropped job must not stay as long as whoever still holds it
             raise
+
+    def after_this(self, run: Callable[[], None]) -> None:
+        """Have the worker call ``run`` after the job that runs now; nothing where none does."""
+        with self._changed:
+            if self._running is not None:
+                self._afterwards.append(run)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Finish the job that runs, drop the others, end the worker."""
@@ -194,6 +201,10 @@ class Executor:
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             self._do(*taken)
+            with self._changed:
+                afterwards, self._afterwards = self._afterwards, []
+            for run in afterwards:
+                run()
             del taken  # an idle worker must not hold the last job's tensors
 
     def _take(self) -> tuple[_Client, _Job, Callable[[], Any]] | None:

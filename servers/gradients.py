@@ -25,6 +25,7 @@ class Graph:
         input_BTH: the leaf that went in, where a gradient by it can be asked for.
         leaves: index of the kwarg, its block, and what its gradient is taken by.
         kwargs: by that index, the kwarg's blocks, the type in which it came, and whether all micro-batches share it.
+        span: the blocks that it goes through.
         held_bytes: of the storages that it keeps alive, parameters and buffers of the server not counted.
     """
 
@@ -33,6 +34,7 @@ class Graph:
     leaves: Sequence[tuple[int, int, Tensor]]
     kwargs: Mapping[int, tuple[BlockSpan, torch.dtype, bool]]
     held_bytes: int = 0
+    span: BlockSpan | None = None
 
 
 def gradients(graph: Graph, grad_BTH: Tensor, input_grad: bool) -> SpanResult:
@@ -62,7 +64,7 @@ def _grads(output_BTH: Tensor, wanted: Sequence[Tensor], grad_BTH: Tensor) -> Se
     grad_BTH = grad_BTH.float()
     peak = float(grad_BTH.abs().amax())
     exponent = FLOAT16_PEAK - math.floor(math.log2(peak)) if 0 < peak < math.inf else 0
-    tries = [exponent, exponent - 8, exponent - 16]
+    tries = [exponent, exponent - 8, exponent - 16, min(0, exponent - 24)]
     for shift in tries:
         scaled = torch.autograd.grad(
             output_BTH, wanted, torch.ldexp(grad_BTH, torch.tensor(shift)).to(torch.float16), allow_unused=True, retain_graph=shift != tries[-1]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -54,23 +55,38 @@ class Tape:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
 
-    def _pack(self, tensor: Tensor) -> Tensor | None:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int] | None:
         if not self.full:
             self.count(tensor)
         # Without its own graph: else an output that its own operation saves would keep itself alive.
-        return None if self.full else tensor.detach()
+        return None if self.full else (tensor.detach(), tensor._version)
 
 
-def _unpack(kept: Tensor | None) -> Tensor:
+def _unpack(kept: tuple[Tensor, int] | None) -> Tensor:
+    """What was saved, if nothing has been written into it since: autograd's own check, which hooks switch off."""
     assert kept is not None, "a graph whose tape was full is thrown away"
-    return kept
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the backward needs was changed in place after the forward had saved it")
+    return tensor
 
 
-async def expire_forever(graphs: Graphs) -> NoReturn:
+class Expires(Protocol):
+    """Keeps something for a while."""
+
+    ttl_s: float
+
+    def expire(self) -> None:
+        """Let go what is too old."""
+        ...
+
+
+async def expire_forever(*stores: Expires) -> NoReturn:
     """Let go what is too old, also while nobody calls."""
     while True:
-        await asyncio.sleep(min(10.0, graphs.ttl_s / 4))
-        graphs.expire()
+        await asyncio.sleep(min(10.0, *(store.ttl_s / 4 for store in stores)))
+        for store in stores:
+            store.expire()
 
 
 class Graphs:
@@ -83,7 +99,8 @@ class Graphs:
         self.budget_bytes, self.ttl_s = budget_bytes, ttl_s
         self._lock = Lock()
         self._kept: dict[str, OrderedDict[int, tuple[float, Graph]]] = {}
-        self._numbers = itertools.count(1)
+        # Handles of an earlier process with the same identity must not mean something here.
+        self._numbers = itertools.count(1 + secrets.randbits(52))
         self.evicted = 0
 
     @property

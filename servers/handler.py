@@ -16,6 +16,7 @@ from servers.graphs import GraphGone, Graphs
 from servers.mailbox import Mailbox
 from servers.span import PREFIX, Span
 from servers.stored import HOLD_S, StoredTensors
+from servers.sums import Sums
 from swarmtune.errors import NonFinite, UsageError, WireError
 from swarmtune.transport.base import TransportError
 from swarmtune.wire.codec import Message, decode, encode
@@ -48,6 +49,8 @@ BACKWARD_PRIORITY, FORWARD_PRIORITY, INITIAL_PRIORITY = 1, 0, 2
 the client lets be in flight. Jobs of one priority take about as long as each other."""
 PASS_ON_S = 20.0
 """How long a delivery to the next server may take; after that the caller gets what was to be delivered."""
+RECEIVE_S = 600.0
+"""How long a call may wait for what it is to receive, whatever its caller says."""
 CALLS = (CallKind.FORWARD, CallKind.BACKWARD, CallKind.KEPT_BACKWARD, CallKind.INITIAL)
 """What is done on the device."""
 
@@ -109,11 +112,20 @@ class CallHandler:
         """What forwards have left behind for their backwards."""
         return self._span.graphs
 
+    @property
+    def sums(self) -> Sums:
+        """Gradients that wait for those of other micro-batches."""
+        return self._span.sums
+
     def gone(self, peer: str) -> None:
-        """The last connection of ``peer`` has ended: what it left behind is freed."""
-        self.graphs.forget(peer)
+        """The last connection of ``peer`` has ended: what it left behind is freed, and what a job that still runs for it leaves."""
         self.tensors.forget(peer)
-        self._span.sums.forget(peer)
+        self._forget(peer)
+        self._executor.after_this(partial(self._forget, peer))
+
+    def _forget(self, peer: str) -> None:
+        self.graphs.forget(peer)
+        self.sums.forget(peer)
 
     async def __call__(self, peer: str, incoming: Incoming) -> Encoded:
         """Answer one call from ``peer``."""
@@ -168,7 +180,7 @@ class CallHandler:
             remaining_ms = integer(message.fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32)
             began = time.monotonic()
             try:
-                message = with_tensor(message, await self.mailbox.receive(peer, relay.receive, remaining_ms / 1000))
+                message = with_tensor(message, await self.mailbox.receive(peer, relay.receive, min(RECEIVE_S, remaining_ms / 1000)))
             except TimeoutError:
                 return Fault(FaultCode.EXPIRED, "what the call was to receive did not come in time").to_message()
             left_ms = remaining_ms - int((time.monotonic() - began) * 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from swarmtune.errors import WireError
 from swarmtune.wire.relay import Delivery, Receive
 
+MAX_TAKEN = 1 << 12
+"""Tokens remembered whose call has ended."""
 HOLD_S = 2.0
 """How long a delivery waits for the call that it is for, which comes another way and may be slower."""
 
@@ -26,6 +29,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._waiting: dict[str, _Waiting] = {}
+        self._taken: OrderedDict[str, None] = OrderedDict()
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -49,13 +53,18 @@ class Mailbox:
                 return await future
         finally:
             del self._waiting[wanted.token]
+            self._taken[wanted.token] = None
+            while len(self._taken) > MAX_TAKEN:
+                self._taken.popitem(last=False)
 
     async def deliver(self, sender: str, delivery: Delivery) -> bool:
-        """Hand a tensor to the call that waits for it, or will soon; whether there is one.
+        """Hand a tensor to the call that waits for it, or will soon; whether there is one, or was: a confirmation may have been lost.
 
         Raises:
             WireError: it is not what the call waits for, or from somebody else.
         """
+        if delivery.token in self._taken:
+            return True
         try:
             async with asyncio.timeout(HOLD_S):
                 while (waiting := self._waiting.get(delivery.token)) is None:

@@ -187,7 +187,7 @@ class Span:
             GraphGone: it is not here any more, or is not what the call describes.
         """
         graph = self.graphs.take(client, call.handle)
-        if graph.output_BTH.shape != call.grad_BTH.shape or (call.input_grad and graph.input_BTH is None):
+        if graph.span != call.span or graph.output_BTH.shape != call.grad_BTH.shape or (call.input_grad and graph.input_BTH is None):
             raise GraphGone(f"what is kept under handle {call.handle} does not fit the call: send the inputs")
         return self._added(graph, call, gradients(graph, call.grad_BTH, call.input_grad), client)
 
@@ -259,8 +259,8 @@ class Span:
                 raise KwargError("the prefixes of all blocks must have the same number of tokens")
 
     def _leaf(self, kwarg: CallKwarg) -> Tensor:
-        tensor = kwarg.tensor.to(self.device)
-        return tensor.detach().requires_grad_() if kwarg.requires_grad else tensor
+        """A copy of what needs a gradient: a kept graph that held on to it would hold the whole message that brought it."""
+        return kwarg.tensor.to(self.device, copy=True).requires_grad_() if kwarg.requires_grad else kwarg.tensor.to(self.device)
 
     def _bind_argument(self, program: Program, call: SpanCall, kwarg: CallKwarg, leaf: Tensor, bound: Bound) -> None:
         taken = inspect.signature(program.parent.forward).parameters
@@ -385,7 +385,7 @@ class Span:
 
 def _graph(call: SpanCall, bound: Bound, hidden_BTH: Tensor, output_BTH: Tensor, held_bytes: int = 0) -> Graph:
     kwargs = {index: (call.kwargs[index].blocks, call.kwargs[index].tensor.dtype, not call.kwargs[index].axes) for index, _, _ in bound.leaves}
-    return Graph(output_BTH, hidden_BTH if call.input_grad else None, bound.leaves, kwargs, held_bytes)
+    return Graph(output_BTH, hidden_BTH if call.input_grad else None, bound.leaves, kwargs, held_bytes, call.span)
 
 
 class _SpanCache(DynamicCache):

@@ -41,6 +41,7 @@ class StoredTensors:
         own = self._stored.setdefault(client, OrderedDict())
         for digest, tensor in tensors.items():
             if digest in own:
+                own.move_to_end(digest)
                 continue
             own[digest] = tensor.clone()
             self._bytes[client] = self._bytes.get(client, 0) + tensor.nbytes
@@ -80,7 +81,8 @@ class StoredTensors:
         self._missed.pop(client, None)
 
     def _let_one_go(self) -> None:
-        client = max(self._stored, key=lambda name: (self._bytes.get(name, 0), len(self._stored[name])))
+        by_count = len(self) > MAX_STORED  # who fills what is full loses
+        client = max(self._stored, key=lambda name: len(self._stored[name]) if by_count else self._bytes.get(name, 0))
         digest, tensor = self._stored[client].popitem(last=False)
         self._bytes[client] -= tensor.nbytes
         missed = self._missed.setdefault(client, OrderedDict())

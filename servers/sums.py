@@ -38,7 +38,7 @@ class Sums:
     """By client, ticket and span. The device worker adds; the network's thread lets clients go."""
 
     def __init__(self, budget_bytes: int = MAX_HELD_BYTES) -> None:
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.ttl_s = budget_bytes, TTL_S
         self._lock = Lock()
         self._held: dict[str, OrderedDict[tuple[int, int, BlockSpan], _Pass]] = {}
         self._bytes: dict[str, int] = {}
@@ -71,7 +71,10 @@ class Sums:
             if not place.like(grads):
                 raise KwargError(f"the gradients of micro-batch {wanted.index} are not those of the same kwargs as the others' of its pass")
             if wanted.index not in place.grads:
-                if len(place.grads) + 1 < wanted.count and sum(self._bytes.values()) + size > self.budget_bytes:
+                to_come = wanted.count - 1 - len(place.grads)  # all but the last are held
+                if to_come and sum(self._bytes.values()) + size * to_come > self.budget_bytes:
+                    if not place.grads:
+                        del own[key]
                     raise NoRoom
                 place.grads[wanted.index] = grads
                 self._bytes[client] = self._bytes.get(client, 0) + size
@@ -92,12 +95,17 @@ class Sums:
             self._held.pop(client, None)
             self._bytes.pop(client, None)
 
+    def expire(self) -> None:
+        """Let go what is too old."""
+        with self._lock:
+            self._expire()
+
     def _drop(self, client: str, key: tuple[int, int, BlockSpan]) -> None:
         dropped = self._held[client].pop(key)
         self._bytes[client] = self._bytes.get(client, 0) - sum(grad.nbytes for grads in dropped.grads.values() for grad in grads.values())
 
     def _expire(self) -> None:
-        before = time.monotonic() - TTL_S
+        before = time.monotonic() - self.ttl_s
         for client, own in list(self._held.items()):
             for key in [key for key, place in own.items() if place.began < before]:
                 self._drop(client, key)

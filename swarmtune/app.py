@@ -106,6 +106,7 @@ def _connect(config: Config, peers: list[str], run_dir: Path) -> swarmtune.Swarm
         max_in_flight=options.max_in_flight,
         in_flight_gib=options.in_flight_gib,
         pipeline=options.pipeline.value,
+        lanes=options.lanes,
         compile=options.compile.value,
         patience_s=options.patience_s,
         call_timeout_s=options.call_timeout_s,

@@ -108,6 +108,8 @@ class SwarmConfig:
     """Micro-batches under way at once."""
     in_flight_gib: float = 1.0
     """GiB of hidden states under way at once, there and back; one micro-batch is under way in any case."""
+    lanes: int = 1
+    """Micro-batches go in turns over so many routes, where there are replicas; gradients are added by lane, so the last digits depend on it."""
     compile: Compile = Compile.NONE
     """``auto`` lets servers run compiled blocks once they have compiled them, in the background; then last digits depend on when that is."""
     pipeline: Pipeline = Pipeline.ONE_F_ONE_B
@@ -145,6 +147,7 @@ class SwarmConfig:
                 raise ValueError(f"spans: {error}") from error
         need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
+        need(1 <= self.lanes <= 64, f"lanes must be from 1 to 64, got {self.lanes}")
         need(0 < self.in_flight_gib < 1e6, f"in_flight_gib must be above 0 and below a million, got {self.in_flight_gib}")
         need(0 < self.call_timeout_s < 1e6, f"call_timeout_s must be above 0 and below a million, got {self.call_timeout_s}")
         need(0 < self.patience_s < 1e6, f"patience_s must be above 0 and below a million, got {self.patience_s}")

@@ -352,6 +352,7 @@ def connect(
     max_in_flight: int = 4,
     in_flight_gib: float = 1.0,
     pipeline: str = "1f1b",
+    lanes: int = 1,
     compile: str = "none",
     patience_s: float = 30.0,
     call_timeout_s: float = 300.0,
@@ -372,6 +373,7 @@ def connect(
         patience_s: how long a call looks for a server before it raises ``SwarmError``.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states and gradients on to each other where they can; the bits do not depend on it.
+        lanes: micro-batches go in turns over so many routes, where there are replicas; gradients are added by lane, so the last digits depend on it.
         compile: ``"auto"`` lets servers run compiled blocks once they have compiled them, in the background; their last digits are others.
         codec: how hidden states travel: ``"none"`` (exact), ``"bf16"``, ``"fp16"`` or ``"int8"``.
         grad_codec: the same for their gradients; as ``codec`` if not given.
@@ -393,7 +395,7 @@ def connect(
     if credentials is not None:
         raise UsageError("credentials must be None: swarms with admission are not supported")
     codecs = Codecs(_codec("codec", codec), _codec("grad_codec", codec if grad_codec is None else grad_codec))
-    for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight}.items():
+    for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight, "lanes": lanes}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name} must be a positive integer, got {value!r}")
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
@@ -414,6 +416,7 @@ def connect(
         codecs,
         in_flight_bytes=int(in_flight_gib * (1 << 30)),
         pipeline=Pipeline(pipeline),
+        lanes=lanes,
         compile=compile == "auto",
     )
     ledger = Ledger(History(history) if history is not None else None)

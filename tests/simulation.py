@@ -134,6 +134,9 @@ class InlineExecutor:
         await asyncio.sleep(self.seconds)
         return run()
 
+    def after_this(self, run: Callable[[], None]) -> None:
+        run()
+
 
 class World(LoopbackTransport):
     """Servers by name, their links, and the faults that strike them."""

@@ -148,9 +148,10 @@ class Caller:
         try:
             for hop in hops:
                 self._check_same(hop)
+            generations = [self._transport.generation(hop.peer) for hop in hops]
             answers = await self._answers(hops, calls, kept, limit_s)
-            for hop in hops:
-                self._check_same(hop)
+            for hop, generation in zip(hops, generations, strict=True):
+                self._check_same(hop, generation)  # a handle means nothing to another process
         except BaseException as error:
             self._failed(error, hops, calls, purpose, numbers, now() - began)
             raise
@@ -264,13 +265,13 @@ class Caller:
         for peer, generation in [key for key in self._released if self._transport.generation(key[0]) != key[1]]:
             del self._released[peer, generation]
 
-    def _check_same(self, hop: Hop) -> None:
+    def _check_same(self, hop: Hop, generation: int | None = None) -> None:
         """A connection that was opened since its server described itself may lead to another process, with other weights.
 
         Raises:
             PeerCutOff: it has to describe itself again.
         """
-        if not self._directory.same(hop.peer):
+        if not self._directory.same(hop.peer) or generation not in (None, self._transport.generation(hop.peer)):
             self._directory.doubt(hop.peer)
             raise PeerCutOff(hop.peer, hop.span, "the connection to it is a new one, so it has to describe itself again")
 
@@ -323,13 +324,15 @@ class Caller:
         self.counters.calls += 1
         totals = self.totals(hop.peer)
         totals.calls += 1
-        request = encode(message, answer_bytes=answer_bytes)
+        request = replace(encode(message, answer_bytes=answer_bytes), in_order=_refers(message))
         totals.bytes_up += len(request.header) + request.body_bytes
         self.counters.carried("up", message)
         try:
             answer = await self._transport.call(hop.peer, request, self._call_timeout_s)
             reply = decode(answer)
             self.counters.carried("down", reply, message.kind)
+            if reply.fields.get("codecs") and all(codec is Codec.NONE for codec in (self.codecs.hidden, self.codecs.gradient)):
+                raise WireError("it is compressed, which nobody asked for")
             reply = await expanded(reply)
             if reply.kind == "fault":
                 raise _as_error(hop, Fault.from_message(reply))
@@ -412,3 +415,9 @@ def _as_error(hop: Hop, fault: Fault) -> PeerFault | NonFinite | KwargError:
     if fault.code is FaultCode.BUSY:
         return PeerBusy(hop.peer, hop.span, detail, RETRY_BUSY_S if fault.retry_ms is None else fault.retry_ms / 1000)
     return PeerDraining(hop.peer, hop.span, detail) if fault.code is FaultCode.DRAINING else PeerFault(hop.peer, hop.span, detail)
+
+
+def _refers(message: Message) -> bool:
+    """Whether a call leaves out tensors that another message brings, which it must not overtake."""
+    kwargs = message.fields.get("kwargs")
+    return isinstance(kwargs, list) and any(f"k{index}" not in message.tensors for index in range(len(kwargs)))

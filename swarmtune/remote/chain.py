@@ -70,6 +70,7 @@ class ChainSettings:
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states on to each other, where they can.
         codecs: how hidden states and gradients travel; exact unless asked for otherwise.
+        lanes: micro-batches go in turns over so many routes, where there are replicas; gradients are added by lane.
         pipeline: how training overlaps micro-batches.
         compile: servers may run compiled code.
     """
@@ -81,6 +82,7 @@ class ChainSettings:
     chaining: bool = True
     codecs: Codecs = field(default_factory=Codecs)
     in_flight_bytes: int = 1 << 30
+    lanes: int = 1
     pipeline: Pipeline = Pipeline.ONE_F_ONE_B
     compile: bool = False
 
@@ -98,6 +100,9 @@ class _Work:
         replay: run forward again only for its boundaries, so nothing of it is counted.
         input_grad: of a forward, whether its backward will ask for the gradient by the input; ``None`` where there will be none.
         chaining: servers may hand on to each other; not after that has failed.
+        lane: which of the routes it takes, where there are replicas.
+        routes: by lane, first block and end, what the micro-batches of the pass take as long as it may be asked: of one that goes back and forth
+            within a pass no server could add the gradients.
     """
 
     batch: Batch
@@ -107,6 +112,8 @@ class _Work:
     replay: bool = False
     input_grad: bool | None = None
     chaining: bool = False
+    lane: int = 0
+    routes: dict[tuple[int, int, int], Sequence[Hop]] = field(default_factory=dict)
 
     @property
     def purpose(self) -> Purpose:
@@ -153,7 +160,8 @@ class Chain:
             KwargError: a server says that the call does not fit the model.
         """
         page.begin("forward")
-        works = [self._work(batch, page, "forward", input_grad) for batch in micro]
+        routes: dict[tuple[int, int, int], Sequence[Hop]] = {}
+        works = [replace(self._work(batch, page, "forward", input_grad), routes=routes) for batch in micro]
         found = await self._all(micro, page, ["forward"], [self._forward_span(work, self._whole, work.batch.hidden_BTH) for work in works])
         page.end("forward")
         return found
@@ -169,8 +177,8 @@ class Chain:
         lowest = self._lowest(micro, input_grad)
         page.begin("backward", lowest)
         found = self._gradients(micro)
-        for own in legs:
-            found.ran(own)
+        for batch, own in zip(micro, legs, strict=True):
+            found.ran(batch.index, own)
         works = [self._work(batch, page, "backward") for batch in micro]
         walks = [self._backward_legs(work, own, grad, input_grad, found) for work, own, grad in zip(works, legs, grads, strict=True)]
         inputs = await self._all(micro, page, ["backward"], walks)
@@ -200,11 +208,13 @@ class Chain:
         page.begin("backward", lowest)
         found = self._gradients(micro)
         left: list[KeptGraph] = []
+        routes: dict[tuple[int, int, int], Sequence[Hop]] = {}
 
         async def both(batch: Batch) -> Tensor | None:
-            legs, output_BTH = await self._forward_span(self._work(batch, page, "forward", input_grad), self._whole, batch.hidden_BTH)
+            work = replace(self._work(batch, page, "forward", input_grad), routes=routes)
+            legs, output_BTH = await self._forward_span(work, self._whole, batch.hidden_BTH)
             left.extend(graph for leg in legs for graph in leg.graphs())
-            found.ran(legs)
+            found.ran(batch.index, legs)
             grad_BTH = await tail(batch.index, output_BTH)
             return await self._backward_legs(self._work(batch, page, "backward"), legs, grad_BTH, input_grad, found)
 
@@ -224,7 +234,8 @@ class Chain:
         return BlockSpan(0, self._directory.num_blocks)
 
     def _work(self, batch: Batch, page: Page, way: Way, input_grad: bool | None = None) -> _Work:
-        return _Work(batch, page, way, self._patience(), input_grad=input_grad, chaining=self.settings.chaining)
+        lane = batch.index % self.settings.lanes
+        return _Work(batch, page, way, self._patience(), input_grad=input_grad, chaining=self.settings.chaining, lane=lane)
 
     def _lowest(self, micro: Sequence[Batch], input_grad: bool) -> int:
         """The lowest block to which a backward must go."""
@@ -232,8 +243,8 @@ class Chain:
         return 0 if input_grad else min(trained, default=self._directory.num_blocks)
 
     def _gradients(self, micro: Sequence[Batch]) -> PassGradients:
-        self._passes += 1
-        return PassGradients(micro[0].plans, len(micro), self._passes)
+        self._passes += self.settings.lanes
+        return PassGradients(micro[0].plans, len(micro), self._passes, self.settings.lanes)
 
     async def _complete(self, micro: Sequence[Batch], page: Page, ways: Sequence[Way], found: PassGradients) -> None:
         """Ask again for what a server was to add and did not."""
@@ -332,7 +343,11 @@ class Chain:
         legs: list[Leg] = []
         position, work = span.start, replace(work, patience=self._patience())  # from now on, not since it was planned
         while position < span.stop:
-            hops = await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience)
+            pinned = work.routes.get((work.lane, position, span.stop), ())
+            if not pinned or not self._directory.usable(pinned):
+                pinned = await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience, work.lane)
+                work.routes[work.lane, position, span.stop] = pinned
+            hops = list(pinned)
             hops = hops if work.chaining and self._directory.in_touch(hops) else hops[:1]
             calls = [work.forward_call(hop.span, hidden_BTH, self._directory.model) for hop in hops]
             try:
@@ -405,7 +420,7 @@ class Chain:
         while True:
             holder = self._directory.holder(kept.peer, leg.span) if kept is not None and self.caller.is_open(kept) else None
             kept = kept if holder is not None else None
-            route = [holder] if holder is not None else await self._route(leg.span, work.batch.tokens, work.patience)
+            route = [holder] if holder is not None else await self._route(leg.span, work.batch.tokens, work.patience, work.lane)
             if len(route) > 1:
                 return await self._backward_pieces(work, leg, route[-1].span, grad_BTH, input_grad, found)
             call = work.batch.call(leg.span, leg.hidden_BTH, self._directory.model, grad_BTH, input_grad)
@@ -434,13 +449,13 @@ class Chain:
             grad = await self._backward_leg(replace(work, patience=self._patience()), piece, _present(grad), input_grad or below, found)
         return grad
 
-    async def _route(self, span: BlockSpan, tokens: int, patience: Patience) -> list[Hop]:
+    async def _route(self, span: BlockSpan, tokens: int, patience: Patience, lane: int = 0) -> list[Hop]:
         """A route for ``span`` now, or as soon as there is one, within the patience."""
         began, number = now(), None
         try:
             while True:
                 try:
-                    return self._directory.route(span.start, span.stop, tokens)
+                    return self._directory.route(span.start, span.stop, tokens, lane)
                 except BlocksUnserved as error:
                     if patience.remaining_s() <= 0:
                         raise patience.exhausted(error) from (patience.last_fault or error)

@@ -29,40 +29,48 @@ class Withheld:
 class PassGradients:
     """What has come so far.
 
-    The gradient by a kwarg is, for each block, the left fold over the micro-batches in order (or its rows put together again where it was cut with
-    them), then the left fold over the blocks in ascending order. So it does not depend on routes, nor on whether a server has added.
+    Micro-batch ``i`` belongs to lane ``i % lanes``. The gradient by a kwarg is, for each block, the left fold over the lanes of the left fold over
+    the micro-batches of each in order (or its rows put together again where it was cut with them), then the left fold over the blocks, ascending. So
+    it depends on configuration and shapes, and neither on routes nor on whether a server has added.
     """
 
-    def __init__(self, plans: Sequence[KwargPlan], count: int, ticket: int) -> None:
-        self._plans, self._count, self._ticket = plans, count, ticket
-        self._summed_spans: frozenset[_Place] | None = None
+    def __init__(self, plans: Sequence[KwargPlan], count: int, ticket: int, lanes: int = 1) -> None:
+        """``ticket`` and the ``lanes - 1`` numbers that follow belong to this pass."""
+        self._plans, self._count, self._ticket, self._lanes = plans, count, ticket, min(lanes, count)
+        self._places: dict[int, frozenset[_Place]] = {}
         self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}
-        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._sums: dict[tuple[int, int, int], Tensor] = {}
         self._withheld: dict[tuple[int, BlockSpan], Withheld] = {}
 
-    def ran(self, legs: Sequence[Leg]) -> None:
-        """The forward of one more micro-batch has run there: sums are worth asking for where all so far went to one server."""
+    def ran(self, micro: int, legs: Sequence[Leg]) -> None:
+        """The forward of one more micro-batch has run there: sums are worth asking for where all of its lane so far went to one server."""
         places = frozenset(
             {(leg.span, leg.kept.peer, leg.kept.generation) for leg in legs if leg.kept is not None}
             | {(part.span, part.kept.peer, part.kept.generation) for leg in legs for part in leg.parts}
         )
-        self._summed_spans = places if self._summed_spans is None else self._summed_spans & places
+        lane = self.lane(micro)
+        self._places[lane] = self._places.get(lane, places) & places
+
+    def lane(self, micro: int) -> int:
+        """To which lane a micro-batch belongs."""
+        return micro % self._lanes
+
+    def _members(self, lane: int) -> range:
+        return range(lane, self._count, self._lanes)
 
     def wanted(self, micro: int, span: BlockSpan) -> GradientSum | None:
-        """How to ask for the gradients of ``span``: as a sum where all micro-batches went to one server, and something can be added."""
-        places = self._summed_spans or ()
-        sums = (
-            self._count > 1
-            and any(span == own for own, _, _ in places)
-            and any(plan.requires_grad and not plan.axes and plan.blocks.overlap(span) for plan in self._plans)
-        )
-        return GradientSum(self._ticket, micro, self._count) if sums else None
+        """How to ask for the gradients of ``span``: as a sum where all micro-batches of the lane went to one server, and something can be added."""
+        lane = self.lane(micro)
+        members = self._members(lane)
+        sums = len(members) > 1 and any(span == own for own, _, _ in self._places.get(lane, ()))
+        sums = sums and any(plan.requires_grad and not plan.axes and plan.blocks.overlap(span) for plan in self._plans)
+        return GradientSum(self._ticket + lane, members.index(micro), len(members)) if sums else None
 
     def collect(self, batch: Batch, leg: Leg, grad_BTH: Tensor, result: SpanResult, span: BlockSpan | None = None) -> None:
         """File what a backward of ``leg``, or of the part ``span`` of it, has returned; ``grad_BTH`` is the gradient by the whole leg's output."""
         for index, block, grad in batch.grads(span or leg.span, result):
             if result.summed and not self._plans[index].axes:
-                self._sums[index, block] = grad
+                self._sums[index, block, self.lane(batch.index)] = grad
             else:
                 self._parts.setdefault((index, block), {})[batch.index] = grad
         if result.withheld:
@@ -70,7 +78,11 @@ class PassGradients:
 
     def lacking(self) -> list[Withheld]:
         """Backwards whose gradients were held for a sum that never came: a micro-batch went elsewhere meanwhile, or the server is gone."""
-        return [each for each in self._withheld.values() if any(key not in self._sums for key in self._shared(each.leg.span))]
+        return [
+            each
+            for each in self._withheld.values()
+            if any((*key, self.lane(each.batch.index)) not in self._sums for key in self._shared(each.leg.span))
+        ]
 
     def by_kwarg(self) -> list[Tensor | None]:
         """One gradient for each kwarg, ``None`` where none was asked for.
@@ -85,11 +97,11 @@ class PassGradients:
         blocks = range(plan.blocks.start, plan.blocks.stop)
         if axis is not None:
             return torch.cat([_fold([self._part(index, block, micro) for block in blocks]) for micro in range(self._count)], dim=axis)
-        per_block = []
-        for block in blocks:
-            known = self._sums.get((index, block))
-            per_block.append(known if known is not None else _fold([self._part(index, block, micro) for micro in range(self._count)]))
-        return _fold(per_block)
+        return _fold([_fold([self._of_lane(index, block, lane) for lane in range(self._lanes)]) for block in blocks])
+
+    def _of_lane(self, index: int, block: int, lane: int) -> Tensor:
+        known = self._sums.get((index, block, lane))
+        return known if known is not None else _fold([self._part(index, block, micro) for micro in self._members(lane)])
 
     def _part(self, index: int, block: int, micro: int) -> Tensor:
         part = self._parts.get((index, block), {}).get(micro)

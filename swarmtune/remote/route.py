@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -112,7 +113,7 @@ class Directory:
     """The servers of one model. Lives on the loop thread.
 
     Attributes:
-        chained: servers hand on to each other, so routes prefer servers that are near each other.
+        crowd: by peer id, how many others have the same to do there; the server's work and way count as many times more.
     """
 
     def __init__(self, transport: Transport, discovery: Discovery, model: str, num_blocks: int) -> None:
@@ -197,8 +198,10 @@ class Directory:
         self._leave_out_other_modes()
         self._tell_classes()
 
-    def route(self, start: int, stop: int, tokens: int = 0) -> list[Hop]:
+    def route(self, start: int, stop: int, tokens: int = 0, lane: int = 0) -> list[Hop]:
         """The cheapest usable servers for blocks ``start:stop``; within one numeric class where that is possible, else within one mode.
+
+        Lanes stay away from each other: for lane 1, what the servers of lane 0 have to do counts twice, and so on.
 
         Raises:
             BlocksUnserved: nobody usable holds some of them.
@@ -206,26 +209,39 @@ class Directory:
         usable = [peer for peer in self.known.values() if peer.usable()]
         # A peer that failed must describe itself before it is asked again, more often the more it failed, or when nobody else is there.
         for candidates in ([peer for peer in usable if not peer.faults], usable):
-            hops = self._route_among(candidates, start, stop, tokens)
+            hops = self._route_among(candidates, start, stop, tokens, lane)
             if hops is not None:
                 return hops
         raise self._unserved(start, stop)
 
-    def _route_among(self, candidates: list[Peer], start: int, stop: int, tokens: int) -> list[Hop] | None:
+    def _route_among(self, candidates: list[Peer], start: int, stop: int, tokens: int, lane: int) -> list[Hop] | None:
         quantised = {peer.info.numeric_class: peer.info.quantisation != "none" for peer in candidates}
         classes = sorted(quantised, key=lambda name: (name != self._numeric_class, quantised[name], name))
         for numeric_class in classes:
-            hops = _cheapest([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens, self.chained)
+            hops = self._of_lane([peer for peer in candidates if peer.info.numeric_class == numeric_class], start, stop, tokens, lane)
             if hops is not None:
                 self._prefer(numeric_class)
                 return hops
         modes = sorted({(peer.info.quantisation != "none", peer.info.mode) for peer in candidates})
         for among in (*([peer for peer in candidates if peer.info.mode == mode] for _, mode in modes), candidates):
-            hops = _cheapest(among, start, stop, tokens, self.chained)
+            hops = self._of_lane(among, start, stop, tokens, lane)
             if hops is not None:
                 self._prefer(MIXED)
                 return hops
         return None
+
+    def _of_lane(self, peers: list[Peer], start: int, stop: int, tokens: int, lane: int) -> list[Hop] | None:
+        """The route of a lane, given those of the lanes before it."""
+        crowd: Counter[str] = Counter()
+        hops = _cheapest(peers, start, stop, tokens, self.chained, crowd)
+        for _ in range(lane):
+            crowd.update(hop.peer for hop in hops or ())
+            hops = _cheapest(peers, start, stop, tokens, self.chained, crowd)
+        return hops
+
+    def usable(self, hops: Sequence[Hop]) -> bool:
+        """Whether all of these may be asked now."""
+        return all(self.holder(hop.peer, hop.span) is not None for hop in hops)
 
     def holder(self, name: str, span: BlockSpan) -> Hop | None:
         """One server as the route of ``span``, if it may be asked for it now."""
@@ -473,7 +489,9 @@ class Directory:
         return BlocksUnserved(detail, tuple(missing))
 
 
-def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int, chained: bool = False) -> list[Hop] | None:
+def _cheapest(
+    peers: list[Peer], start: int, stop: int, tokens: int, chained: bool = False, crowd: Mapping[str, int] | None = None
+) -> list[Hop] | None:
     """Shortest path over block boundaries and the servers that end there; ties go to fewer hops, then to the peer's name.
 
     Args:
@@ -482,6 +500,7 @@ def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int, chained: bo
         stop: behind the last one.
         tokens: of a call; 0 counts only what the network takes.
         chained: servers hand on to each other, so what is between them counts, and of the way to us only that to the first and from the last one.
+        crowd: by peer id, how many others have the same to do there; its work counts as many times more.
     """
     best: dict[int, dict[str, _Reached]] = {start: {"": _Reached(0.0, (), ())}}
     for position in range(start, stop):
@@ -489,9 +508,10 @@ def _cheapest(peers: list[Peer], start: int, stop: int, tokens: int, chained: bo
             if position not in peer.info.span:
                 continue
             span = BlockSpan(position, min(stop, peer.info.span.stop))
-            hop, work_s = Hop(peer.name, span, peer.info.numeric_class), HOP_COST_S + peer.pace_s() * tokens * len(span)
+            hop, share = Hop(peer.name, span, peer.info.numeric_class), 1 + (crowd or {}).get(peer.name, 0)
+            work_s = HOP_COST_S + peer.pace_s() * tokens * len(span)
             for reached in best[position].values():
-                total_s = reached.cost_s + work_s + _way_s(reached.peers[-1] if reached.peers else None, peer, chained)
+                total_s = reached.cost_s + share * (work_s + _way_s(reached.peers[-1] if reached.peers else None, peer, chained))
                 candidate = _Reached(total_s, (*reached.peers, peer), (*reached.hops, hop))
                 ends = best.setdefault(span.stop, {})
                 if peer.name not in ends or candidate.order() < ends[peer.name].order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from swarmtune.remote.batch import KwargPlan
+from swarmtune.transport.clock import now
 from swarmtune.wire.messages import SpanCall
 
 MAX_LOSSES = 3
 """A server that has missed tensors so often gets all of them with every call, as long as the connection lasts."""
+TOGETHER_S = 1.0
 MAX_KNOWN = 1 << 14
 """Digests remembered for each connection."""
 
@@ -38,12 +41,14 @@ class Uploads:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], OrderedDict[str, None]] = {}
+        self._counted_at: dict[tuple[str, int], float] = {}
         self._losses: Counter[tuple[str, int]] = Counter()
 
     def by_reference(self, peer: str, generation: int, call: SpanCall) -> SpanCall:
         """The call without the tensors that this server has; what it brings counts as known from now on."""
         for key in [key for key in self._known if key[0] == peer and key[1] != generation]:
             del self._known[key], self._losses[key]
+            self._counted_at.pop(key, None)
         if self._losses[peer, generation] >= MAX_LOSSES:
             return without_digests(call)
         known = self._known.setdefault((peer, generation), OrderedDict())
@@ -66,11 +71,13 @@ class Uploads:
                     known.pop(kwarg.digest, None)
 
     def missed(self, peer: str) -> None:
-        """A server says that it does not have what it was given."""
-        for (name, generation), known in self._known.items():
-            if name == peer:
+        """A server says that it does not have what it was given; all calls that find it out together count as one loss."""
+        for key, known in self._known.items():
+            if key[0] == peer:
                 known.clear()
-                self._losses[name, generation] += 1
+                if now() - self._counted_at.get(key, -math.inf) > TOGETHER_S:
+                    self._counted_at[key] = now()
+                    self._losses[key] += 1
 
 
 def without_digests(call: SpanCall) -> SpanCall:

@@ -391,8 +391,8 @@ class Connection:
             self._fail(TransportError(f"the connection to peer {self.peer} ended: a call could not be answered"))
 
     async def _send_message(self, kind: FrameKind, request_id: int, message: Encoded) -> None:
-        """Write large messages one after the other, so that the first is whole as soon as it can be; small ones go between their frames."""
-        if message.body_bytes <= JOIN_BYTES:
+        """Write large messages one after the other, so that the first is whole as soon as it can be; small ones that may go between."""
+        if message.body_bytes <= JOIN_BYTES and not message.in_order:
             joined = b"".join(part for frame in message.frames(kind, request_id) for part in frame)
             async with self._write_lock:
                 await self._write(joined)

@@ -7,6 +7,7 @@ and sends again after a failure, is the one that its servers computed with.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -27,6 +28,8 @@ MAX_EXPONENT = 126
 HALF_EXPONENT = 15
 """The largest value is brought below 2 to this power before it becomes float16."""
 SCALE = ".scale"
+COMPRESSED = ("hidden", "grad", "tensor")
+"""The tensors of a message that may travel so."""
 INLINE_BYTES = 1 << 18
 _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
@@ -77,14 +80,16 @@ def expand(message: Message) -> Message:
         return message
     if not isinstance(said, dict) or not 0 < len(said) <= 4:
         raise WireError("codecs must be an object of at most 4 tensors")
-    tensors = dict(message.tensors)
+    tensors, total = dict(message.tensors), 0
     for name, entry in said.items():
         if not isinstance(entry, list) or len(entry) not in (2, 3) or not all(isinstance(part, str) for part in entry[:2]):
             raise WireError("a codec must be [codec, type] or have a shape as well")
-        if entry[0] not in Codec._value2member_map_ or entry[1] not in _TYPES or name not in tensors:
+        if entry[0] not in Codec._value2member_map_ or entry[1] not in _TYPES or name not in COMPRESSED or name not in tensors:
             raise WireError(f"no codec {entry[0]!r:.40} for a tensor {name!r:.40} of type {entry[1]!r:.40} is known here: use swarm.codec=none")
         scale = tensors.pop(name + SCALE, None)
         tensors[name] = restore(tensors[name], scale, Codec(entry[0]), _TYPES[entry[1]], entry[2] if len(entry) == 3 else None)
+        total += tensors[name].nbytes
+        _check_size(total, torch.int8)
     return replace(message, fields={key: value for key, value in message.fields.items() if key != "codecs"}, tensors=tensors)
 
 
@@ -111,7 +116,7 @@ def codec_of(value: object) -> Codec:
     Raises:
         WireError: it is not known here.
     """
-    if value not in Codec._value2member_map_:
+    if not isinstance(value, str) or value not in Codec._value2member_map_:
         raise WireError(f"no codec {value!r:.40} is known here: use swarm.codec=none, or update the older of the two sides")
     return Codec(str(value))
 
@@ -139,10 +144,8 @@ def restore(parts: Tensor, scale: Tensor | None, codec: Codec, dtype: torch.dtyp
     sizes = shape if isinstance(shape, list) and len(shape) <= 8 and all(type(size) is int and 0 <= size < 1 << 31 for size in shape) else None
     if sizes is None or scale is None:
         raise WireError(f"what came does not fit the codec {codec}")
-    count = 1
-    for size in sizes:
-        count *= size
-    _check_size(count, dtype)
+    _check_size(math.prod(max(1, size) for size in sizes), dtype)  # torch multiplies the others, too, where one is 0
+    count = math.prod(sizes)
     if codec is Codec.FP16 and parts.dtype is torch.float16 and list(parts.shape) == sizes and scale.dtype is torch.int32 and scale.numel() == 1:
         return torch.ldexp(parts.to(torch.float32), scale.clamp(-300, 300)).to(dtype)
     blocks = -(-count // BLOCK)
@@ -150,7 +153,8 @@ def restore(parts: Tensor, scale: Tensor | None, codec: Codec, dtype: torch.dtyp
         padded = torch.nn.functional.pad(parts, (0, blocks * BLOCK - count)).view(blocks, BLOCK).to(torch.float32)
         values = torch.ldexp(padded, scale.to(torch.int32).unsqueeze(1))
         values[scale == NOT_FINITE] = torch.nan
-        return values.view(-1)[:count].view(sizes).to(dtype)
+        largest = torch.finfo(dtype).max  # a block's rounding can reach beyond it; NaN stays
+        return values.clamp(-largest, largest).view(-1)[:count].view(sizes).to(dtype)
     raise WireError(f"what came does not fit the codec {codec}")
 
 
@@ -161,12 +165,15 @@ def _check_size(count: int, dtype: torch.dtype) -> None:
 
 
 def _to_half(values: Tensor) -> tuple[Tensor, Tensor]:
-    peak = float(values.abs().amax()) if values.numel() else 0.0
+    sizes = values.abs()
+    peak = float(torch.where(sizes < math.inf, sizes, 0.0).amax()) if values.numel() else 0.0  # of what is finite
     exponent = 0
-    if 0 < peak < float("inf"):
+    if peak > 0:
         exponent = int(torch.frexp(torch.tensor(peak)).exponent) - HALF_EXPONENT
     half = torch.ldexp(values, torch.tensor(-exponent)).to(torch.float16)
-    if values.numel() and float(half.abs().amax()) == 2.0**HALF_EXPONENT:  # rounded up: a second time it would be scaled otherwise
+    if (
+        peak > 0 and float(torch.where(sizes < math.inf, half.abs(), 0.0).amax()) == 2.0**HALF_EXPONENT
+    ):  # rounded up: a second time it would be scaled otherwise
         exponent += 1
         half = torch.ldexp(values, torch.tensor(-exponent)).to(torch.float16)
     return half, torch.tensor([exponent], dtype=torch.int32)

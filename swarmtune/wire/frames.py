@@ -91,11 +91,13 @@ class Encoded:
 
     Attributes:
         answer_bytes: for a call, the largest body that its answer may declare.
+        in_order: it must not overtake larger messages that were begun before it.
     """
 
     header: bytes
     parts: tuple[memoryview, ...] = ()
     answer_bytes: int | None = None
+    in_order: bool = False
 
     @property
     def body_bytes(self) -> int:

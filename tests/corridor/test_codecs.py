@@ -17,7 +17,7 @@ from swarmtune.errors import UsageError, WireError
 from swarmtune.remote.caller import Codecs
 from swarmtune.swarm import Swarm, connect
 from swarmtune.wire.codec import Message
-from swarmtune.wire.compression import Codec, expand, squeeze
+from swarmtune.wire.compression import Codec, codec_of, expand, squeeze
 from swarmtune.wire.messages import ServerInfo
 from tests.harness import Faults, batch, loopback, lora, remote, same_bits, set_values, step, worst_difference
 
@@ -148,3 +148,64 @@ def test_a_server_that_does_not_know_the_codec_is_named(bloom: Path, monkeypatch
 def test_an_unknown_codec_is_refused_before_anything_is_dialled() -> None:
     with pytest.raises(UsageError, match="codec must be one of none, bf16, fp16, int8, got 'zip'"):
         connect(["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWRrSjFPGEaTFq72zTGtzHP4GHAbLmxqmtvX9zGByuhko7"], codec="zip")
+
+
+@pytest.mark.parametrize("shape", [[(1 << 31) - 1] * 7 + [0], [0] + [(1 << 31) - 1] * 7, [1 << 20, 1 << 20, 0]])
+def test_shapes_whose_strides_overflow_are_refused(shape: list[int]) -> None:
+    tensors = {"hidden": torch.zeros(0, dtype=torch.int8), "hidden.scale": torch.zeros(0, dtype=torch.int8)}
+    with pytest.raises(WireError):
+        expand(Message("result", {"codecs": {"hidden": ["int8", "float32", shape]}}, tensors))
+
+
+def test_only_hidden_states_and_gradients_by_them_are_expanded() -> None:
+    tensors = {"k0": torch.zeros(64, dtype=torch.bfloat16)}
+    with pytest.raises(WireError):
+        expand(Message("forward", {"codecs": {"k0": ["bf16", "float32"]}}, tensors))
+
+
+@pytest.mark.parametrize("value", [[], {}, None, 5, "zip"])
+def test_what_is_no_codec_is_refused(value: object) -> None:
+    with pytest.raises(WireError):
+        codec_of(value)
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [(torch.float16, 65504.0), (torch.float16, 65100.0), (torch.float32, 3.4e38), (torch.bfloat16, 3.38e38)])
+def test_int8_stays_finite_at_the_end_of_the_range(dtype: torch.dtype, peak: float) -> None:
+    tensor = torch.tensor([[[peak, -peak, 1.0]]]).to(dtype)
+    found = through(tensor, Codec.INT8)
+    assert torch.isfinite(found).all()
+    assert torch.equal(through(found, Codec.INT8), found)
+
+
+def test_what_is_not_finite_does_not_spoil_the_others_in_fp16() -> None:
+    tensor = torch.tensor([[[float("nan"), 3e-8, 1e-7, float("inf")]]])
+    found = through(tensor, Codec.FP16)
+    assert torch.allclose(found[0, 0, 1:3], tensor[0, 0, 1:3], rtol=1e-3, atol=0)
+    assert not torch.isfinite(found[0, 0, [0, 3]]).any()
+
+
+def test_an_answer_that_is_compressed_though_nobody_asked_is_malformed(bloom: Path) -> None:
+    with loopback(bloom, ["0:4", "0:4"]) as swarm:
+        model = prepared(bloom, swarm)
+        liar = next(iter(swarm._transport.handlers.values()))  # type: ignore[attr-defined]
+        execute = liar._execute
+
+        async def compressed(peer: str, call: Any) -> Any:
+            result = await execute(peer, call)
+            to_message = result.to_message
+
+            class Squeezed:
+                hidden_BTH = result.hidden_BTH
+
+                def to_message(self) -> Message:
+                    return squeeze(to_message(), {"hidden": Codec.BF16})
+
+            return Squeezed()
+
+        liar._execute = compressed
+        expected = None
+        for _ in range(2):
+            loss = model(**batch()).loss
+            expected = loss if expected is None else expected
+            assert torch.equal(loss, expected)
+        assert swarm.traffic().retries >= 1

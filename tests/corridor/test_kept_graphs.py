@@ -232,10 +232,10 @@ def test_a_graph_is_freed_as_soon_as_it_is_let_go_and_counts_what_it_holds(bloom
     saved: list[weakref.ref[Tensor]] = []
     pack = Tape._pack
 
-    def watched(tape: Tape, tensor: Tensor) -> Tensor | None:
+    def watched(tape: Tape, tensor: Tensor) -> tuple[Tensor, int] | None:
         packed = pack(tape, tensor)
         assert packed is not None
-        saved.append(weakref.ref(packed))
+        saved.append(weakref.ref(packed[0]))
         return packed
 
     monkeypatch.setattr(Tape, "_pack", watched)

@@ -277,3 +277,43 @@ def test_settings_are_checked() -> None:
         swarmtune.connect([peer], pipeline="zigzag")
     with pytest.raises(swarmtune.errors.UsageError, match="in_flight_gib must be a number above 0"):
         swarmtune.connect([peer], in_flight_gib=0)
+
+
+# --- lanes: replicas share the micro-batches ----------------------------------------------------------------------------------
+
+
+def used(swarm: Swarm) -> int:
+    return sum(handler.calls > 0 for handler in swarm._transport.handlers.values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_lanes_go_over_replicas_and_the_sum_is_a_function_of_their_number(bloom: Path, lanes: int) -> None:
+    size = 0
+    with loopback(bloom, ["0:4"], micro_batch_tokens=10, lanes=lanes) as swarm:  # one server for all lanes
+        model = prepared(bloom, swarm)
+        size = sum(parameter.nbytes for parameter in model.adapter.parameters())
+        alone = pipelined(model, batch(rows=6))[1]
+        all_then_all = step(model, batch(rows=6))[2]
+    with loopback(bloom, ["0:4"] * lanes, micro_batch_tokens=10, lanes=lanes) as swarm:
+        model = prepared(bloom, swarm)
+        assert same_bits(alone, pipelined(model, batch(rows=6))[1])
+        assert used(swarm) == lanes
+        assert swarm.traffic().payload["down kwarg gradients"] == lanes * size
+        assert same_bits(all_then_all, step(model, batch(rows=6))[2])
+        assert swarm.traffic().retries == 0
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+@pytest.mark.parametrize("call", range(0, 16, 3))
+def test_a_lane_whose_server_dies_goes_on_elsewhere_with_the_same_bits(bloom: Path, call: int, phase: str) -> None:
+    with loopback(bloom, REPLICAS, micro_batch_tokens=10, lanes=2) as swarm:
+        quiet = pipelined(prepared(bloom, swarm), batch())[1]
+    with loopback(bloom, REPLICAS, micro_batch_tokens=10, lanes=2, faults=Faults(**{phase: {call}})) as swarm:
+        assert same_bits(quiet, pipelined(prepared(bloom, swarm), batch())[1])
+        assert swarm.traffic().retries >= 1
+
+
+def test_more_lanes_than_micro_batches_or_servers_are_no_harm(bloom: Path) -> None:
+    with loopback(bloom, micro_batch_tokens=20, lanes=8) as swarm:
+        model = prepared(bloom, swarm)
+        assert worst_difference(step(model, batch())[2], pipelined(model, batch())[1]) < 1e-6
