@@ -27,6 +27,7 @@ BENCHES = {
     "call": "the overhead of one call with tiny tensors",
     "wire": "messages without a model: encoding, frames in this process, one call of a big tensor through the p2p daemons",
     "memory": "peak memory of server and client beyond the weights, while loading and while training",
+    "profile": "what a server's device does in a training step, by torch operation, eager and compiled",
     "adapters": "what a new adapter configuration costs a server, and switching between known ones, for every group of conf/adapter",
     "quantize": "memory, time and accuracy of each way of holding the blocks (with --keep in docs/quantization.md)",
     "against": "this code and that of another commit (--commit), taking turns",

@@ -13,24 +13,28 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+from servers.executor import Busy
 from servers.program import Program
 from swarmtune.wire.messages import SpanCall
 
 logger = logging.getLogger(__name__)
 SEEN_BEFORE = 2
 """Calls of a class before it is compiled: odd shapes come once."""
-MAX_CLASSES = 16
-"""Classes that are compiled; further ones run eagerly."""
+MAX_CLASSES, IDLE_S = 16, 60.0
+"""Classes that are compiled at a time; a further one takes the place of one that has not been used for so long, or runs eagerly."""
 MAX_REMEMBERED = 256
 MAX_REHEARSALS = 4
 """Of one class, where what the library computes depends on values, such as a mask without padding; then it runs eagerly for ever."""
+BUSY_S = 2.0
+"""When to ask again for what cannot be done beside a compilation."""
 CLOSE_S = 60.0
 NICE = 10
 """Of the compiling thread: calls go first."""
@@ -45,6 +49,7 @@ class NotCompiled(BaseException):
 @dataclass(slots=True)
 class _Class:
     seen: int = 0
+    used_at: float = 0.0
     rehearsals: int = 0
     program: Program | None = None
     ready: bool = False
@@ -66,12 +71,22 @@ class Compiler:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._prepared = False
+        self._rehearsals = 0
         self._backend = self._make_backend()
 
-    @property
-    def quiet(self) -> threading.Lock:
-        """Held while something is compiled, which saves and restores torch's global random state."""
-        return self._lock
+    @contextmanager
+    def not_now(self) -> Iterator[None]:
+        """Inside, nothing is compiled: that saves and restores torch's global random state.
+
+        Raises:
+            Busy: something is being compiled.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise Busy("something is being compiled", BUSY_S)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def program(self, call: SpanCall) -> Program | None:
         """The compiled program for a call; ``None`` where there is none, or not yet: then run it eagerly."""
@@ -88,16 +103,30 @@ class Compiler:
             prepare_torch()
             self._prepared = True
         known.seen += 1
-        if known.seen == SEEN_BEFORE and sum(each.program is not None for each in self._classes.values()) < MAX_CLASSES:
+        known.used_at = time.monotonic()
+        if known.seen >= SEEN_BEFORE and not known.rehearsals and self._has_room():
             self._want(known, call)
-        return known.program if known.ready else None
+        # What is compiled holds dynamo's lock, on which a call that does not fit would wait before it is refused.
+        return known.program if known.ready and not self._lock.locked() else None
+
+    def _has_room(self) -> bool:
+        """Whether one more class may be compiled, in the place of one that nobody has used for a while where there are many."""
+        compiled = [each for each in self._classes.values() if each.program is not None]
+        if len(compiled) >= MAX_CLASSES:
+            oldest = min(compiled, key=lambda each: each.used_at)
+            if not oldest.ready or time.monotonic() - oldest.used_at < IDLE_S:
+                return False
+            oldest.program, oldest.ready, oldest.dead = None, False, True
+        return self._rehearsals < MAX_REHEARSALS * MAX_CLASSES
 
     def refused(self, call: SpanCall) -> None:
         """A call did not fit what has been compiled for its class, so it is rehearsed, too; until then the class runs eagerly."""
         known = self._classes[shape_class(call)]
         known.ready = False
-        if known.rehearsals < MAX_REHEARSALS:
+        if known.rehearsals < MAX_REHEARSALS and self._rehearsals < MAX_REHEARSALS * MAX_CLASSES:
             self._want(known, call)
+        else:
+            known.program, known.dead = None, True
 
     def close(self) -> None:
         """End the thread, as soon as what it compiles is done; it dies with the process in any case."""
@@ -111,6 +140,7 @@ class Compiler:
             for layer in known.program.layers:
                 layer.forward = torch.compile(layer.forward, backend=self._backend, dynamic=False)  # type: ignore[method-assign]
         known.rehearsals += 1
+        self._rehearsals += 1
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="swarmtune-compiler", daemon=True)
             self._thread.start()
@@ -128,7 +158,7 @@ class Compiler:
                 with self._lock:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
-                known.dead = True
+                known.dead, known.program = True, None
                 logger.warning(
                     "%s could not be compiled, so they go on eagerly: %s", what, (str(error) or type(error).__name__).splitlines()[0][:300]
                 )

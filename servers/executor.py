@@ -229,7 +229,7 @@ class Executor:
         began = time.monotonic()
         try:
             result = run()
-        except Exception as error:  # whatever it is, it fails this job only
+        except BaseException as error:  # whatever it is, it fails this job only: nobody else is on this thread
             self._account(client, job.priority, began)
             job.future.set_exception(error)
         else:

@@ -212,7 +212,8 @@ class Span:
             KwargError: there is no such value.
         """
         assert self.span.covers(call.span), "the handler has checked the span"
-        with self.compiler.quiet if self.compiler is not None else nullcontext():
+        random = call.rng is not None or call.adapter is not None
+        with self.compiler.not_now() if self.compiler is not None and random else nullcontext():
             return InitialResult(tuple(self.programs.initial(call.span, call.names, call.adapter, call.rng)))
 
     def _program(self, call: SpanCall) -> Program:

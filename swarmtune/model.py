@@ -21,7 +21,7 @@ from swarmtune.adapters.parts import HeadConfig
 from swarmtune.adapters.tuners import check_over_quantised, kind_over_base
 from swarmtune.errors import AdapterUnsupported, UsageError
 from swarmtune.own_weights import compare_weights
-from swarmtune.remote.body import RemoteBody
+from swarmtune.remote.body import RemoteBody, attached_to
 from swarmtune.remote.guard import GradientGuard
 from swarmtune.remote.layers import RemoteLayers, through_peft, without_positions
 from swarmtune.skeleton import (
@@ -275,6 +275,7 @@ def _attach(model: PreTrainedModel, site: LayerSite, body: RemoteBody, adapter: 
             model.register_forward_hook(lambda module, args, output: rule(output) if module.training else output)
     body.guard = guard = GradientGuard(lambda: [parameter for parameter in model.parameters() if parameter.requires_grad])
     model.register_forward_hook(lambda module, args, output: None if body.staged.output_BTH is not None else guard.watch(module, args, output))
+    body.attached = attached_to(model)
     model.eval()
     model.config.use_cache = False
     if getattr(model, "generation_config", None) is not None:

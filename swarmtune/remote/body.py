@@ -40,6 +40,12 @@ class Staged(threading.local):
     output_BTH: Tensor | None = None
 
 
+def attached_to(model: nn.Module) -> tuple[object, ...]:
+    """What decides a model's loss besides its modules: its hooks, its forward, its loss."""
+    hooks = (*model._forward_hooks, *model._forward_pre_hooks)
+    return (hooks, model.forward, getattr(model, "_loss_function", None), type(model))
+
+
 class RemoteBody(nn.Module):
     """All blocks of a model, on servers. Frozen; what learns comes in as kwargs.
 
@@ -47,6 +53,7 @@ class RemoteBody(nn.Module):
         num_blocks: how many blocks there are.
         hidden_size: width of the hidden states.
         guard: puts gradients back when a backward fails; ``None`` where nobody has said what learns.
+        attached: ``attached_to`` the whole model, as this package has made it.
         staged: whether this thread runs a model only as far as to the body, or only from there on.
     """
 
@@ -56,6 +63,7 @@ class RemoteBody(nn.Module):
         self.num_blocks, self.hidden_size = num_blocks, hidden_size
         self.guard: GradientGuard | None = None
         self.staged = Staged()
+        self.attached: tuple[object, ...] = ()
 
     @property
     def settings(self) -> ChainSettings:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from swarmtune.errors import SwarmError
+from swarmtune.errors import SwarmError, UsageError
 from swarmtune.remote.batch import Batch, micro_batches
-from swarmtune.remote.body import BodyReached, RemoteBody
+from swarmtune.remote.body import BodyReached, RemoteBody, attached_to
 from swarmtune.remote.function import as_gradients, travelling
 from swarmtune.remote.gradients import PassGradients
 from swarmtune.types import Pipeline
@@ -45,7 +45,7 @@ class Pipelined:
         self._fits = self._body is not None and (adapter is None or adapter.regularise() is None)
         virtual = adapter is not None and adapter.peft is not None and adapter.peft.wrapped is not None and not adapter.peft.is_cache_prefix
         self._first = 0 if virtual else 1  # virtual tokens stand before the first token, so it is predicted too
-        self._checked = False
+        self._batches = 0
 
     def __call__(self, batch: Mapping[str, Tensor], scale: float = 1.0) -> Tensor | None:
         """The loss of a batch, the mean over its predicted tokens, with forward and backward done.
@@ -74,24 +74,35 @@ class Pipelined:
             return None
         # Dropout behind the body draws as often as there are micro-batches, and what follows must not depend on that.
         with torch.random.fork_rng(devices=[]):
-            loss = step.run(keep_outputs=not self._checked)
-        if loss is not None and not self._checked:
-            self._checked = True
-            whole, parts = step.loss_of_all(), float(loss.detach())
-            self._fits = abs(whole - parts) <= SAME_LOSS * abs(whole)
-            if not self._fits:
-                logger.warning(
-                    "this model's loss over a batch (%.4f) is not the sum of its parts (%.4f): micro-batches go on without 1F1B", whole, parts
-                )
+            looks = self._batches & (self._batches + 1) == 0  # at the first batch, the second, the fourth, the eighth...
+            loss = step.run(keep_outputs=looks)
+            self._fits = loss is not None and (not looks or self._is_the_sum(step.loss_of_all(), float(loss.detach())))
         if loss is None or not self._fits:
-            self._fits &= self._checked  # a model that takes the mean of each part has none for a part that asks for nothing
+            self._fits |= self._batches > 0  # a model that takes the mean of each part has none for a part that asks for nothing
             torch.set_rng_state(random)
             return None
+        self._batches += 1
         return loss
+
+    def _is_the_sum(self, whole: float, parts: float) -> bool:
+        """Whether a batch's loss is what its micro-batches' shares add up to.
+
+        Raises:
+            UsageError: it is not, and was before.
+        """
+        if abs(whole - parts) <= SAME_LOSS * abs(whole):
+            return True
+        what = f"this model's loss over a batch ({whole:.4f}) is not the sum of its parts ({parts:.4f})"
+        if self._batches:
+            raise UsageError(f"{what}, though it was before: something adds to it; use swarm.pipeline=gpipe")
+        logger.warning("%s: micro-batches go on without 1F1B", what)
+        return False
 
     def _several(self, rows: int, sequence: int) -> bool:
         assert self._body is not None, "the caller has looked"
         settings = self._body.settings
+        if self._body.attached != attached_to(self._model) or any(parameter._backward_hooks for parameter in self._model.parameters()):
+            return False  # somebody's hook or function may add to each loss, or change each gradient
         return self._fits and settings.pipeline is Pipeline.ONE_F_ONE_B and len(micro_batches(rows, sequence, settings.micro_batch_tokens)) > 1
 
     def _tokens(self, batch: Mapping[str, Tensor]) -> int:
@@ -146,6 +157,8 @@ class _Step:
                     return None
                 losses.append(loss)
                 sums = [_added(total, more) for total, more in zip(sums, behind, strict=True)]
+                if not self._grads[index].set_running_or_notify_cancel():
+                    break  # another micro-batch has failed meanwhile
                 self._grads[index].set_result(travelling(grad_BTH, self._hidden_BTH))
             inputs, found = self._result(running)
         finally:

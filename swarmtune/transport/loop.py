@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, wait
 from typing import Any, TypeVar
 
 from swarmtune.errors import SwarmError
@@ -20,6 +20,8 @@ class LoopThread:
 
     def __init__(self, name: str = "swarmtune-loop") -> None:
         self._loop = asyncio.new_event_loop()
+        self._lock, self._closing = threading.Lock(), False
+        self._begun: set[Future[Any]] = set()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     def start(self) -> LoopThread:
@@ -50,10 +52,14 @@ class LoopThread:
         Raises:
             SwarmError: the loop has been closed.
         """
-        if not self._thread.is_alive():
-            coroutine.close()
-            raise SwarmError("this swarm connection is closed: connect again")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:
+            if self._closing or not self._thread.is_alive():
+                coroutine.close()
+                raise SwarmError("this swarm connection is closed: connect again")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._begun.add(future)
+        future.add_done_callback(self._begun.discard)
+        return future
 
     def wait(self, *futures: Future[Any]) -> None:
         """Wait until one of these, of coroutines that were begun or fed by them, is done."""
@@ -66,9 +72,11 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancel what still runs, stop the loop, join the thread. Safe to repeat."""
-        if not self._thread.is_alive():
-            return
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop)
+        with self._lock:
+            if self._closing or not self._thread.is_alive():
+                return
+            self._closing = True
+            asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop)
         self._thread.join(CLOSE_TIMEOUT_S)
 
     async def _cancel_all(self) -> None:
@@ -87,3 +95,6 @@ class LoopThread:
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+            for future in list(self._begun):  # nobody else would ever end these
+                with contextlib.suppress(InvalidStateError):
+                    future.set_exception(SwarmError("this swarm connection was closed during a call"))

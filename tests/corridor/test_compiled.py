@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ def wait_until_ready(swarm: Swarm, count: int) -> None:
         assert not any(each.dead for each in classes(swarm))
         assert time.monotonic() < ends_at, "nothing was compiled"
         time.sleep(0.05)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < ends_at
+        time.sleep(0.02)
 
 
 def results(swarm: Swarm, model: torch.nn.Module, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[bool]]:
@@ -134,19 +141,45 @@ def test_what_cannot_be_compiled_runs_eagerly_for_ever_and_says_so(
         assert "could not be compiled, so they go on eagerly: no such instruction" in caplog.text
 
 
-def test_first_values_wait_for_what_is_being_compiled(bloom: Path) -> None:
+def test_first_values_come_after_what_is_being_compiled_and_hold_nobody_up(bloom: Path) -> None:
     """Compiling saves and restores the global random state, from which first values are drawn."""
-    with compiling(bloom) as (swarm, _):
+    with compiling(bloom) as (swarm, model):
         span = handlers(swarm)[0]._span
         assert span.compiler is not None
-        with span.compiler.quiet:
-            assert span.compiler.quiet.locked()
+        with span.compiler.not_now():
             done = threading.Event()
             asked = threading.Thread(target=lambda: (remote(bloom, swarm, lora("bloom", use_dora=True)), done.set()))
             asked.start()
+            began = time.monotonic()
+            step(model, batch())
+            assert time.monotonic() - began < 2, "others are served meanwhile"
             assert not done.wait(0.5)
         asked.join(WAIT_S)
         assert done.is_set()
+
+
+def test_beside_a_compilation_everything_runs_eagerly(bloom: Path) -> None:
+    with compiling(bloom) as (swarm, model):
+        for _ in range(2):
+            step(model, batch())
+        wait_until_ready(swarm, 1)
+        compiler = handlers(swarm)[0]._span.compiler
+        assert compiler is not None
+        with compiler.not_now():
+            assert results(swarm, model, batch())[1] == [False]
+        assert results(swarm, model, batch())[1] == [True]
+
+
+def test_a_class_that_nobody_uses_makes_room(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "MAX_CLASSES", 1)
+    monkeypatch.setattr(compiled, "IDLE_S", 0.0)
+    with compiling(bloom) as (swarm, model):
+        monkeypatch.setattr(handlers(swarm)[0]._span.compiler, "_rehearse", lambda *_: None)
+        for rows in (1, 2):
+            for _ in range(2):
+                step(model, batch(rows=rows))
+            wait_until(lambda: sum(each.ready for each in classes(swarm)) == 1)
+        assert [each.program is not None for each in classes(swarm)] == [False, True]
 
 
 def test_classes_are_bounded(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

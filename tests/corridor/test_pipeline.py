@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 import swarmtune
 from servers.handler import CallHandler
-from swarmtune.errors import NonFinite, SwarmError
+from swarmtune.errors import NonFinite, SwarmError, UsageError
+from swarmtune.remote.body import attached_to
 from swarmtune.remote.ledger import History, Ledger
 from swarmtune.remote.pipeline import Pipelined
 from swarmtune.remote.verdict import judge
@@ -208,6 +210,7 @@ def test_a_model_whose_loss_is_no_sum_is_found_out_and_told(bloom: Path, caplog:
         model = prepared(bloom, swarm)
         mean = model.loss_function
         model.loss_function = lambda *args, num_items_in_batch=None, **kwargs: mean(*args, **kwargs)
+        model.body.attached = attached_to(model)  # as if the library had made it so
         given = batch(rows=5, padding="left")
         run = Pipelined(model)
         assert run(given) is None
@@ -216,6 +219,49 @@ def test_a_model_whose_loss_is_no_sum_is_found_out_and_told(bloom: Path, caplog:
         assert run(given) is None
         assert swarm.traffic().calls == calls
         assert all(parameter.grad is None for parameter in model.adapter.parameters())
+
+
+def test_what_is_added_to_a_loss_is_not_counted_for_each_micro_batch(bloom: Path) -> None:
+    """It may be nothing at first, as a norm of fresh LoRA is."""
+    with loopback(bloom, micro_batch_tokens=10) as swarm:
+        model = prepared(bloom, swarm)
+        assert Pipelined(model)(batch()) is not None
+        model.register_forward_hook(lambda module, args, output: output)
+        assert Pipelined(model)(batch()) is None
+        other = prepared(bloom, swarm)
+        other.loss_function = lambda *args, **kwargs: torch.zeros(())
+        assert Pipelined(other)(batch()) is None
+        wrapped = prepared(bloom, swarm)
+        forward = wrapped.forward
+        wrapped.forward = lambda **given: forward(**given)
+        assert Pipelined(wrapped)(batch()) is None
+
+
+def test_a_gradient_hook_is_not_called_twice(bloom: Path) -> None:
+    with loopback(bloom, micro_batch_tokens=10) as swarm:
+        model = prepared(bloom, swarm)
+        next(iter(model.adapter.parameters())).register_hook(lambda grad: grad * 0.5)
+        assert Pipelined(model)(batch()) is None
+
+
+def test_a_loss_that_ceases_to_be_a_sum_is_an_error(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with loopback(bloom, micro_batch_tokens=10) as swarm:
+        run = Pipelined(prepared(bloom, swarm))
+        assert run(batch()) is not None
+        monkeypatch.setattr("swarmtune.remote.pipeline._Step.loss_of_all", lambda self: 1e3)
+        with pytest.raises(UsageError, match="though it was before"):
+            run(batch())
+        with pytest.raises(UsageError, match="though it was before"):
+            run(batch())
+
+
+@pytest.mark.parametrize("call", range(4, 16))
+def test_a_failure_while_the_head_computes_is_the_error_that_is_raised(bloom: Path, call: int) -> None:
+    with loopback(bloom, micro_batch_tokens=10, patience_s=0.2, faults=Faults(before={call})) as swarm:
+        model = prepared(bloom, swarm)
+        model.lm_head.register_forward_hook(lambda *_: time.sleep(0.3))
+        with pytest.raises(SwarmError):
+            Pipelined(model)(batch())
 
 
 def test_a_step_that_fails_touches_no_gradient_and_frees_what_was_left(bloom: Path, tmp_path: Path) -> None:

@@ -364,3 +364,20 @@ def test_the_books_of_many_clients_stay_small(executor: Executor, monkeypatch: p
 def test_the_time_to_ask_again_is_bounded_and_travels_with_the_error(seconds: float, said: float) -> None:
     error = pickle.loads(pickle.dumps(Busy("why", seconds)))
     assert (str(error), error.retry_s) == ("why", said)
+
+
+def test_whatever_a_job_raises_ends_only_that_job() -> None:
+    class Stop(BaseException):
+        pass
+
+    def bad() -> None:
+        raise Stop
+
+    async def submit(executor: Executor) -> str:
+        with pytest.raises(Stop):
+            await executor.submit(bad, priority=0, timeout_s=5)
+        return await executor.submit(lambda: "alive", priority=0, timeout_s=5)
+
+    executor = Executor().start()
+    assert asyncio.run(submit(executor)) == "alive"
+    executor.close()
