@@ -28,7 +28,7 @@ WAIT_S = 300.0
 CLIENT = "bench"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_mkl_linear", "mkldnn", "linear")
 """Ends of the names of matrix products."""
-COMPILED = ("CompiledFunction", "Torch-Compiled", "cpp_fused", "graph_0")
+COMPILED = ("CompiledFunction", "CompiledFxGraph", "Torch-Compiled", "cpp_fused")
 """Parts of the names under which compiled code appears: what has been fused."""
 TOP = 6
 """Operations named one by one."""
