@@ -99,11 +99,13 @@ def test_a_step_with_dropout_is_bitwise_the_quiet_one_when_a_server_is_killed_be
         loss = model(**batch()).loss
         hops = swarm.loop.run(_route(swarm))
         used = next(server for server in three.servers if str(server.span) == "0:1" and server.peer_id in hops)
+        before = swarm.traffic().calls
         used.kill()
         loss.backward()
         assert torch.equal(loss, quiet[1])
         assert same_bits(quiet[2], {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
-        assert swarm.traffic().retries >= 1
+        # A death that is noticed before anything is asked of the dead costs a forward again, and no failed call.
+        assert swarm.traffic().retries >= 1 or swarm.traffic().calls - before > len(hops)
         torch.manual_seed(3)
         assert not torch.equal(model(**batch()).loss, loss), "another seed drops other elements"
     used.restart()
