@@ -14,7 +14,7 @@ from swarmtune.discovery.records import LIFETIME_S, RENEW_EVERY_S, Announcement,
 from swarmtune.transport.base import TransportError
 from swarmtune.transport.hivemind import HivemindNode
 from swarmtune.wire.codec import Message, encode
-from swarmtune.wire.messages import MAX_ROUND_TRIPS, CallKind, ServerInfo
+from swarmtune.wire.messages import MAX_ROUND_TRIP_US, MAX_ROUND_TRIPS, CallKind, ServerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -100,23 +100,28 @@ class Company:
             logger.debug("%s", error)
             announcements = []
         others = [announcement for announcement in announcements if announcement.peer != self._node.peer_id]
+        self._missed &= {*self._initial.values(), *(other.peer for other in others)}
         await self._meet({address: other.peer for other in others for address in other.addresses}, connected)
         await self._measure({other.peer for other in others} & (await self._node.connected() or set()))
         self._tell_if_alone()
 
     async def _measure(self, peers: set[str]) -> None:
         """How long a short question to each of these takes; the quickest of the latest few, because a busy moment says nothing of the way."""
-        for peer in set(self._round_trips) - peers:
+        measured = sorted(peers)[:MAX_ROUND_TRIPS]
+        for peer in set(self._round_trips) - set(measured):
             del self._round_trips[peer]
-        for peer in sorted(peers)[:MAX_ROUND_TRIPS]:
+
+        async def measure(peer: str) -> None:
             began = time.monotonic()
             try:
                 await self._node.call(peer, encode(Message(CallKind.INFO), answer_bytes=0), MEASURE_S)
             except TransportError as error:
                 logger.debug("%s", error)
-                continue
-            took_us = max(1, round((time.monotonic() - began) * 1e6))
+                return
+            took_us = min(MAX_ROUND_TRIP_US, max(1, round((time.monotonic() - began) * 1e6)))
             self._round_trips[peer] = min(took_us, round(self._round_trips.get(peer, took_us) * FADING))
+
+        await asyncio.gather(*map(measure, measured))  # all at once, so that frozen ones hold nothing up
 
     async def _meet(self, addresses: Mapping[str, str], connected: set[str]) -> None:
         """All at once: each dial and each greeting has its own deadline."""

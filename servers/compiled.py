@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -33,7 +33,7 @@ MAX_CLASSES, IDLE_S = 16, 60.0
 MAX_REMEMBERED = 256
 MAX_REHEARSALS = 4
 """Of one class, where what the library computes depends on values, such as a mask without padding; then it runs eagerly for ever."""
-BUSY_S = 2.0
+BUSY_S = 0.5
 """When to ask again for what cannot be done beside a compilation."""
 CLOSE_S = 60.0
 NICE = 10
@@ -53,7 +53,11 @@ class _Class:
     rehearsals: int = 0
     program: Program | None = None
     ready: bool = False
-    dead: bool = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether it has been given up: it runs eagerly for ever."""
+        return self.rehearsals > 0 and self.program is None
 
 
 class Compiler:
@@ -116,7 +120,8 @@ class Compiler:
             oldest = min(compiled, key=lambda each: each.used_at)
             if not oldest.ready or time.monotonic() - oldest.used_at < IDLE_S:
                 return False
-            oldest.program, oldest.ready, oldest.dead = None, False, True
+            # Used again, it begins anew; what torch has compiled for it is still there.
+            oldest.program, oldest.ready, oldest.seen, oldest.rehearsals = None, False, 0, 0
         return self._rehearsals < MAX_REHEARSALS * MAX_CLASSES
 
     def refused(self, call: SpanCall) -> None:
@@ -126,7 +131,7 @@ class Compiler:
         if known.rehearsals < MAX_REHEARSALS and self._rehearsals < MAX_REHEARSALS * MAX_CLASSES:
             self._want(known, call)
         else:
-            known.program, known.dead = None, True
+            known.program = None
 
     def close(self) -> None:
         """End the thread, as soon as what it compiles is done; it dies with the process in any case."""
@@ -148,7 +153,8 @@ class Compiler:
 
     def _work(self) -> None:
         prepare_torch()
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        with suppress(OSError):  # not every system knows threads by number
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (wanted := self._wanted.get()) is not None:
             known, call = wanted
             rows, sequence = call.hidden_BTH.shape[:2]
@@ -158,7 +164,7 @@ class Compiler:
                 with self._lock:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
-                known.dead, known.program = True, None
+                known.program = None
                 logger.warning(
                     "%s could not be compiled, so they go on eagerly: %s", what, (str(error) or type(error).__name__).splitlines()[0][:300]
                 )

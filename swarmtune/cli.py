@@ -211,12 +211,14 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("held-out accuracy", f"{summary['val_accuracy_before']:.1%} -> {summary['val_accuracy_after']:.1%}"))
     if summary["val_ppl_before"] is not None and summary["val_ppl_after"] is not None:
         facts.append(("held-out perplexity", f"{summary['val_ppl_before']:,.1f} -> {summary['val_ppl_after']:,.1f}"))
+    changes = summary.get("events", {}).get("compiled", 0)
     retries = f", {summary['retries']} retries" if summary["retries"] else ""
     facts += [
         ("speed", f"{summary['tokens_per_s']:,.0f} training tokens/s, {summary['seconds']:,.0f} s in all"),
         ("traffic", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down{retries}"),
         ("of it, a step", f"{summary['bytes_up_per_step'] / 1e6:,.2f} MB up, {summary['bytes_down_per_step'] / 1e6:,.2f} MB down"),
         *([("faults", _faults(summary))] if set(summary.get("events", ())) & EVENT_WORDS.keys() else []),
+        *([("compiled code", f"{int(changes):,} changes between eager and compiled code; last digits differ between the two")] if changes else []),
         ("run directory", summary["run_dir"]),
     ]
     if summary["loss_curve"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from swarmtune.data_schema import DataConfig, need
 from swarmtune.errors import UsageError
-from swarmtune.types import BlockSpan, Pipeline
+from swarmtune.types import MAX_LANES, BlockSpan, Pipeline
 
 
 class Dtype(enum.Enum):
@@ -147,7 +147,7 @@ class SwarmConfig:
                 raise ValueError(f"spans: {error}") from error
         need(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be at least 1, got {self.micro_batch_tokens}")
         need(self.max_in_flight >= 1, f"max_in_flight must be at least 1, got {self.max_in_flight}")
-        need(1 <= self.lanes <= 64, f"lanes must be from 1 to 64, got {self.lanes}")
+        need(1 <= self.lanes <= MAX_LANES, f"lanes must be from 1 to {MAX_LANES}, got {self.lanes}")
         need(0 < self.in_flight_gib < 1e6, f"in_flight_gib must be above 0 and below a million, got {self.in_flight_gib}")
         need(0 < self.call_timeout_s < 1e6, f"call_timeout_s must be above 0 and below a million, got {self.call_timeout_s}")
         need(0 < self.patience_s < 1e6, f"patience_s must be above 0 and below a million, got {self.patience_s}")

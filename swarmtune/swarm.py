@@ -21,7 +21,7 @@ from swarmtune.remote.route import Directory, Discovery
 from swarmtune.remote.totals import ServerTotals
 from swarmtune.transport.base import Traffic, Transport, TransportError
 from swarmtune.transport.loop import LoopThread
-from swarmtune.types import Pipeline
+from swarmtune.types import MAX_LANES, Pipeline
 from swarmtune.wire.compression import Codec
 
 if TYPE_CHECKING:
@@ -395,7 +395,9 @@ def connect(
     if credentials is not None:
         raise UsageError("credentials must be None: swarms with admission are not supported")
     codecs = Codecs(_codec("codec", codec), _codec("grad_codec", codec if grad_codec is None else grad_codec))
-    for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight, "lanes": lanes}.items():
+    if not isinstance(lanes, int) or isinstance(lanes, bool) or not 1 <= lanes <= MAX_LANES:
+        raise UsageError(f"lanes must be an integer from 1 to {MAX_LANES}, got {lanes!r}")
+    for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name} must be a positive integer, got {value!r}")
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():

@@ -130,8 +130,12 @@ class Kwarg:
         return found
 
 
+MAX_LANES = 64
+"""Routes over which micro-batches go in turns."""
+
+
 class Pipeline(StrEnum):
-    """How training overlaps micro-batches; the result does not depend on it but for the order in which a head's gradients are added."""
+    """How training overlaps micro-batches; the result depends on it as far as sums of other shapes round otherwise."""
 
     ONE_F_ONE_B = "1f1b"
     """Each goes back as soon as it has come forward (Narayanan et al. 2019, PipeDream); head and loss are computed for one at a time."""

@@ -160,15 +160,14 @@ class Caller:
             purpose.page.accept(number, purpose.micro, hop.span, purpose.replay)
         self._times.add(purpose.way, whole, tokens, seconds)
         shares = _shares([result.times for result, _ in answers])
-        for hop, (result, answer), share in zip(hops, answers, shares, strict=True):
+        for hop, (result, answer), share, graph in zip(hops, answers, shares, kept, strict=True):
             self.totals(hop.peer).add(seconds * share, result.times, answer)
             if len(hops) > 1:
                 self._times.add(purpose.way, hop.span, tokens, seconds * share)
             self._directory.succeeded(hop, seconds * share, tokens)
             self.counters.compiled += result.compiled
-            if result.compiled and (hop.peer, hop.span) not in self._compiled:
-                self._compiled.add((hop.peer, hop.span))
-                logger.info("%s runs compiled code for blocks %s from now on: last digits are others", self.label(hop.peer), hop.span)
+            if graph is None:
+                self._notice_compiled(hop, result.compiled)
         return [result for result, _ in answers]
 
     async def _answers(
@@ -302,6 +301,15 @@ class Caller:
             detail = f"blocks {hop.span} go to {self.label(hop.peer)} from now on: {self.label(before.peer)} takes {times:.1f} times as long"
             self.events.add(EventKind.MOVED, detail, server=self.label(before.peer), span=hop.span, at=now())
             logger.info("%s", detail)
+
+    def _notice_compiled(self, hop: Hop, compiled: bool) -> None:
+        """Say when a server changes over between eager and compiled code, which are two numeric classes."""
+        if compiled == ((hop.peer, hop.span) in self._compiled):
+            return
+        self._compiled ^= {(hop.peer, hop.span)}
+        detail = f"{self.label(hop.peer)} runs {'compiled' if compiled else 'eager'} code for blocks {hop.span} from now on: last digits are others"
+        self.events.add(EventKind.COMPILED, detail, server=self.label(hop.peer), span=hop.span, at=now())
+        logger.info("%s", detail)
 
     def remaining_ms(self) -> int:
         """How long a call that begins now may take."""

@@ -25,6 +25,7 @@ class EventKind(StrEnum):
     CUT_OFF = "cut_off"
     RECOMPUTED = "recomputed"
     RESENT = "resent"
+    COMPILED = "compiled"
     DAEMON = "daemon"
 
 

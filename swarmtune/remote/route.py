@@ -113,7 +113,7 @@ class Directory:
     """The servers of one model. Lives on the loop thread.
 
     Attributes:
-        crowd: by peer id, how many others have the same to do there; the server's work and way count as many times more.
+        chained: servers hand on to each other, so routes prefer servers that are near each other.
     """
 
     def __init__(self, transport: Transport, discovery: Discovery, model: str, num_blocks: int) -> None:

@@ -167,12 +167,12 @@ _CALL_FIELDS = frozenset({"span", "model", "kwargs", "remaining_ms", "adapter", 
 SUMS_GRADIENTS = "sums_gradients"
 """Feature of a server: it takes ``sum`` in a backward, and holds gradients of micro-batches until all of a pass can be added."""
 MAX_SUMMED = 4096
-KEEPS_GRAPHS = "keeps_graphs"
 MAX_ROUND_TRIPS = 64
 """To other servers, in what a server says of itself."""
 MAX_ROUND_TRIP_US = 60_000_000
 COMPILES = "compiles"
 """Feature of a server: it compiles programs for calls that allow it."""
+KEEPS_GRAPHS = "keeps_graphs"
 """Feature of a server: it takes ``keep`` and ``release`` in a forward, and the call kind ``kept_backward``."""
 MAX_RELEASED = 1024
 MAX_HANDLE = (1 << 53) - 1

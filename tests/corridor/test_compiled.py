@@ -16,6 +16,7 @@ from torch import Tensor
 from servers import compiled
 from servers.compiled import cannot_compile, shape_class
 from servers.handler import CallHandler
+from swarmtune.remote.events import EventKind
 from swarmtune.swarm import Swarm
 from tests.harness import batch, loopback, lora, remote, same_bits, set_values, step, worst_difference
 
@@ -92,6 +93,7 @@ def test_calls_run_compiled_once_that_is_ready_and_give_nearly_the_same(bloom: P
         assert 0 < worst_difference(eager, found) < 1e-5
         again, _ = results(swarm, model, batch())
         assert same_bits(found, again)
+        assert swarm.traffic().events[EventKind.COMPILED].count == 2, "that last digits are others is said, once for each server"
         for handler in handlers(swarm):  # a lost graph runs forward again, compiled too
             handler.graphs.budget_bytes = 0
         without_graphs, ran = results(swarm, model, batch())
@@ -165,9 +167,12 @@ def test_beside_a_compilation_everything_runs_eagerly(bloom: Path) -> None:
         wait_until_ready(swarm, 1)
         compiler = handlers(swarm)[0]._span.compiler
         assert compiler is not None
+        step(model, batch())
+        changes = swarm.traffic().events[EventKind.COMPILED].count
         with compiler.not_now():
             assert results(swarm, model, batch())[1] == [False]
         assert results(swarm, model, batch())[1] == [True]
+        assert ["runs compiled" in event.detail for event in swarm.events() if event.kind is EventKind.COMPILED][changes:] == [False, True]
 
 
 def test_a_class_that_nobody_uses_makes_room(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +185,11 @@ def test_a_class_that_nobody_uses_makes_room(bloom: Path, monkeypatch: pytest.Mo
                 step(model, batch(rows=rows))
             wait_until(lambda: sum(each.ready for each in classes(swarm)) == 1)
         assert [each.program is not None for each in classes(swarm)] == [False, True]
+        for _ in range(2):  # used again, it begins anew
+            step(model, batch(rows=1))
+        wait_until(lambda: sorted(each.ready for each in classes(swarm)) == [False, True])
+        assert [each.program is not None for each in classes(swarm)] == [False, True]
+        assert next(reversed(classes(swarm))).seen == 2
 
 
 def test_classes_are_bounded(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

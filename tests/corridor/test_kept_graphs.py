@@ -19,6 +19,7 @@ from servers.graphs import Tape
 from servers.handler import CallHandler
 from swarmtune.remote.events import EventKind
 from swarmtune.swarm import Swarm
+from swarmtune.wire.frames import parse_json
 from swarmtune.wire.messages import ServerInfo
 from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable
 
@@ -226,6 +227,43 @@ def test_servers_of_before_and_servers_that_keep_graphs_work_together(bloom: Pat
         monkeypatch.setattr(CallHandler, "info", property(described))
         assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
         assert forwards(swarm) == BLOCKS + 2
+
+
+def test_a_kept_graph_does_not_hold_the_message_that_brought_its_tensors(bloom: Path) -> None:
+    with one_by_one(bloom, ["0:4"]) as swarm:
+        model = prepared(bloom, swarm)
+        span = handlers(swarm)[0]._span
+        calls, real = [], span.forward
+        span.forward = lambda call, client="": (calls.append(call), real(call, client))[1]  # type: ignore[method-assign]
+        loss = model(**batch()).loss
+        (own,) = span.graphs._kept.values()
+        (_, graph), brought = next(iter(own.values())), {kwarg.tensor.untyped_storage().data_ptr() for kwarg in calls[0].kwargs}
+        assert graph.leaves
+        assert brought.isdisjoint(leaf.untyped_storage().data_ptr() for _, _, leaf in graph.leaves)
+        loss.backward()
+
+
+def test_a_server_that_was_replaced_during_a_call_is_not_taken_for_the_same(bloom: Path) -> None:
+    """It has described itself well since, over its new connection; but a handle that came over the old one means nothing to it."""
+    with one_by_one(bloom, ["0:4"]) as swarm:
+        quiet = step(prepared(bloom, swarm), batch())[2]
+    with one_by_one(bloom, ["0:4", "0:4"]) as swarm:
+        model = prepared(bloom, swarm)
+        (opened,) = swarm._models.values()
+        transport, replaced = swarm._transport, []
+        call, generation = transport.call, transport.generation
+        transport.generation = lambda peer: generation(peer) + replaced.count(peer)  # type: ignore[method-assign]
+
+        async def swapped(peer: str, request: Any, timeout_s: float) -> Any:
+            answer = await call(peer, request, timeout_s)
+            if not replaced and parse_json(request.header)["kind"] == "forward":
+                replaced.append(peer)
+                opened.directory.known[peer].generation += 1
+            return answer
+
+        transport.call = swapped  # type: ignore[method-assign]
+        assert same_bits(quiet, step(model, batch())[2])
+        assert swarm.traffic().events[EventKind.CUT_OFF].count == 1
 
 
 def test_a_graph_is_freed_as_soon_as_it_is_let_go_and_counts_what_it_holds(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,19 @@ def test_step_is_bitwise_quiet_after_sigkill(bloom: Path, alive: swarmtune.Local
         assert swarm.traffic().retries >= 1 or (phase == "between" and swarm.traffic().calls > 8)
 
 
+def test_servers_say_how_far_they_are_from_each_other(bloom: Path, alive: swarmtune.LocalSwarm) -> None:
+    peers = {server.peer_id for server in alive.servers}
+    with swarmtune.connect(alive.initial_peers) as swarm:
+        remote(bloom, swarm)
+        (opened,) = swarm._models.values()
+        ends_at = time.monotonic() + 60
+        while any(set(info.round_trips) != peers - {peer} for peer, info in opened.directory.holders().items()):
+            assert time.monotonic() < ends_at, opened.directory.holders()
+            swarm.loop.run(opened.directory.refresh())
+            time.sleep(0.5)
+        assert all(0 < said < 1_000_000 for info in opened.directory.holders().values() for said in info.round_trips.values())
+
+
 async def _used(swarm: swarmtune.Swarm) -> set[str]:
     """Where the graphs of the last forward are."""
     (opened,) = swarm._models.values()

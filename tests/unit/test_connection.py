@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -180,6 +181,26 @@ def test_large_answers_go_one_after_the_other_so_that_the_first_is_whole_soon() 
             data = [request_id for kind, request_id in order if kind is FrameKind.DATA]
             assert len(data) > 4
             assert data in (sorted(data), sorted(data, reverse=True))
+
+    run(main())
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_message_that_refers_to_another_one_does_not_overtake_it(in_order: bool) -> None:
+    """A small one goes between the frames of a large one, unless it must not."""
+    arrived: list[int] = []
+
+    async def noted(peer: str, incoming: Incoming) -> Encoded:
+        arrived.append(decode(incoming).fields["n"])
+        return encode(Message("told"))
+
+    async def main() -> None:
+        async with pair(noted) as (client, _):
+            large = asyncio.create_task(client.request(BIG, 5.0))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await asyncio.gather(large, client.request(replace(SMALL, in_order=in_order), 5.0))
+        assert arrived == ([2, 1] if in_order else [1, 2])
 
     run(main())
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from swarmtune.errors import WireError
-from swarmtune.remote.route import Hop, Peer, _cheapest
+from swarmtune.remote.route import Directory, Hop, Peer, _cheapest
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import MAX_ROUND_TRIPS, ServerInfo
+from swarmtune.wire.relay import PASSES_ON
 
 
 def peer(
@@ -88,3 +90,27 @@ def test_round_trips_of_a_peer_are_bounded_and_travel() -> None:
     for bad in ([], {"b": 0}, {"b": 1 << 40}, {"b": 1.5}, {str(number): 1 for number in range(MAX_ROUND_TRIPS + 1)}):
         with pytest.raises(WireError):
             ServerInfo.from_json({**own.to_json(), "round_trips": bad})
+
+
+def test_servers_that_are_apart_are_tried_again_after_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = 0.0
+    monkeypatch.setattr("swarmtune.remote.route.now", lambda: at)
+    directory = Directory(None, None, "m", 8)  # type: ignore[arg-type]
+    directory.known = {name: peer(name, blocks) for name, blocks in (("a", "0:4"), ("b", "4:8"))}
+    for each in directory.known.values():
+        each.info = replace(each.info, features=(PASSES_ON,))
+    hops = [Hop("a", BlockSpan(0, 4), "class"), Hop("b", BlockSpan(4, 8), "class")]
+    waits = []
+    for _ in range(7):
+        assert directory.in_touch(hops)
+        directory.apart("a", "b")
+        directory.apart("a", "b")  # another call that finds it out at the same time
+        began = at
+        while not directory.in_touch(hops):
+            at += 0.5
+        waits.append(at - began)
+    assert waits == [2, 4, 8, 16, 32, 60, 60]
+    directory.together("a", "b")
+    directory.apart("a", "b")
+    at += 2
+    assert directory.in_touch(hops)
