@@ -65,24 +65,36 @@ class Pipelined:
         tokens, rows = self._tokens(batch), len(batch["input_ids"])
         if self._body is None or not tokens or not self._several(*batch["input_ids"].shape) or any(len(each) != rows for each in batch.values()):
             return None
-        random = torch.get_rng_state()
+        device = batch["input_ids"].device
+        before = _random_state(device)
         reached = self._to_the_body(batch)
+        at_the_body = _random_state(device)
         micro = reached.call.cut(reached.hidden_BTH, reached.tensors)
         step = _Step(self._model, self._body, reached, micro, batch, tokens, scale)
-        if len(micro) < 2 or sum(len(each.hidden_BTH) for each in micro) != rows or not step.learning:
-            torch.set_rng_state(random)
-            return None
-        # Dropout behind the body draws as often as there are micro-batches, and what follows must not depend on that.
-        with torch.random.fork_rng(devices=[]):
+        loss = None
+        if len(micro) > 1 and sum(len(each.hidden_BTH) for each in micro) == rows and step.learning:
             looks = self._batches & (self._batches + 1) == 0  # at the first batch, the second, the fourth, the eighth...
             loss = step.run(keep_outputs=looks)
-            self._fits = loss is not None and (not looks or self._is_the_sum(step.loss_of_all(), float(loss.detach())))
+            drew = not all(map(torch.equal, at_the_body, _random_state(device)))
+            self._fits = self._is_the_same(loss, step, drew, looks)
         if loss is None or not self._fits:
-            self._fits |= self._batches > 0  # a model that takes the mean of each part has none for a part that asks for nothing
-            torch.set_rng_state(random)
+            _set_random_state(device, before)
             return None
         self._batches += 1
         return loss
+
+    def _is_the_same(self, loss: Tensor | None, step: _Step, drew: bool, looks: bool) -> bool:
+        """Whether this model's batches can be computed in parts, as far as this one tells.
+
+        Raises:
+            UsageError: the loss is not the sum of its parts, and was before.
+        """
+        if drew:
+            logger.warning("this model draws random numbers behind its body, as dropout in its head does: micro-batches go on without 1F1B")
+            return False
+        if loss is None:
+            return self._batches > 0  # a model that takes the mean of each part has none for a part that asks for nothing
+        return not looks or self._is_the_sum(step.loss_of_all(), float(loss.detach()))
 
     def _is_the_sum(self, whole: float, parts: float) -> bool:
         """Whether a batch's loss is what its micro-batches' shares add up to.
@@ -233,6 +245,17 @@ class _Handed(torch.autograd.Function):
             return (None, None, None, *ctx.grads)
         factor = grad / ctx.scale
         return (None, None, None, *(None if each is None else each * factor.to(each.dtype) for each in ctx.grads))
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the generators from which layers on a device draw."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:

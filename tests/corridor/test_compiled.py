@@ -15,6 +15,7 @@ from torch import Tensor
 
 from servers import compiled
 from servers.compiled import cannot_compile, shape_class
+from servers.executor import Busy
 from servers.handler import CallHandler
 from swarmtune.remote.events import EventKind
 from swarmtune.swarm import Swarm
@@ -158,6 +159,24 @@ def test_first_values_come_after_what_is_being_compiled_and_hold_nobody_up(bloom
             assert not done.wait(0.5)
         asked.join(WAIT_S)
         assert done.is_set()
+
+
+def test_nothing_draws_first_values_while_something_is_compiled(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with compiling(bloom) as (swarm, model):
+        compiler, at_it, go_on = handlers(swarm)[0]._span.compiler, threading.Event(), threading.Event()
+        assert compiler is not None
+        monkeypatch.setattr(compiler, "_rehearse", lambda *given: (at_it.set(), go_on.wait(WAIT_S)))
+        for _ in range(2):
+            step(model, batch())
+        assert at_it.wait(WAIT_S)
+        try:
+            with pytest.raises(Busy), compiler.not_now():
+                pass
+        finally:
+            go_on.set()
+        wait_until_ready(swarm, 1)
+        with compiler.not_now():
+            pass
 
 
 def test_beside_a_compilation_everything_runs_eagerly(bloom: Path) -> None:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 import swarmtune
-from servers.graphs import Tape
+from servers.graphs import GraphGone, Tape
 from servers.handler import CallHandler
 from swarmtune.remote.events import EventKind
 from swarmtune.swarm import Swarm
+from swarmtune.types import BlockSpan
 from swarmtune.wire.frames import parse_json
+from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import ServerInfo
 from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable
 
@@ -301,3 +303,19 @@ def test_the_server_of_any_call_dies_over_kept_graphs(bloom: Path, quiet: dict[s
     with one_by_one(bloom, ["0:2", "2:4", "0:2", "2:4"], faults=Faults(after={call})) as swarm:
         assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
         assert swarm.traffic().retries == 1
+
+
+def test_a_handle_of_other_blocks_is_refused(bloom: Path) -> None:
+    """Or the gradients of one block would be filed as those of another."""
+    with one_by_one(bloom, ["0:4"]) as swarm:
+        model = prepared(bloom, swarm)
+        loss = model(**batch()).loss
+        (handler,) = handlers(swarm)
+        (own,) = handler.graphs._kept.values()
+        ((handle, (_, graph)),) = own.items()
+        (client,) = handler.graphs._kept
+        call = KeptCall(BlockSpan(0, 2), handler.info.model, handle, torch.zeros_like(graph.output_BTH))
+        with pytest.raises(GraphGone, match="does not fit"):
+            handler._span.kept_backward(call, client)
+        loss.backward()
+        assert recomputed(swarm) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from swarmtune.errors import NonFinite, SwarmError, UsageError
 from swarmtune.remote.body import attached_to
 from swarmtune.remote.ledger import History, Ledger
 from swarmtune.remote.pipeline import Pipelined
+from swarmtune.remote.route import Directory, Hop
 from swarmtune.remote.verdict import judge
 from swarmtune.swarm import Swarm
 from swarmtune.types import Pipeline
@@ -178,6 +180,22 @@ def test_dropout_is_the_same_as_without(bloom: Path) -> None:
         assert torch.equal(after, torch.rand(3))
 
 
+def test_dropout_behind_the_body_is_left_to_the_model_and_told(bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It draws for each micro-batch, so a loss in parts would be another one."""
+    adapter = LoraConfig(r=2, target_modules=["query_key_value", "lm_head"], lora_dropout=0.5, task_type="CAUSAL_LM")
+    with loopback(bloom, micro_batch_tokens=10) as swarm:
+        model = prepared(bloom, swarm, adapter).train()
+        run = Pipelined(model)
+        before = torch.get_rng_state()
+        assert run(batch()) is None
+        assert "draws random numbers behind its body" in caplog.text
+        assert torch.equal(before, torch.get_rng_state())
+        calls = swarm.traffic().calls
+        assert run(batch()) is None
+        assert swarm.traffic().calls == calls
+        assert Pipelined(model.eval())(batch()) is not None
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -192,7 +210,7 @@ def test_dropout_is_the_same_as_without(bloom: Path) -> None:
 )
 def test_what_cannot_be_cut_is_left_to_the_model(bloom: Path, change: Any) -> None:
     with loopback(bloom, micro_batch_tokens=10) as swarm:
-        model, given = prepared(bloom, swarm), batch()
+        model, given = prepared(bloom, swarm, lora("bloom", lora_dropout=0.5)).train(), batch()
         change(swarm, model, given)
         before = torch.get_rng_state()
         assert Pipelined(model)(given) is None
@@ -279,11 +297,13 @@ def test_a_step_that_fails_touches_no_gradient_and_frees_what_was_left(bloom: Pa
 
 
 def test_a_loss_that_is_not_finite_ends_the_pipeline_and_is_left_to_the_model(bloom: Path) -> None:
-    with loopback(bloom, micro_batch_tokens=10) as swarm:
+    faults = Faults()
+    with loopback(bloom, micro_batch_tokens=10, faults=faults) as swarm:
         model = prepared(bloom, swarm)
         with torch.no_grad():
             model.transformer.ln_f.bias[0] = float("nan")
         assert Pipelined(model)(batch()) is None
+    assert {kind for kind, _ in faults.log} == {"forward"}
 
 
 def test_a_bad_number_in_a_block_is_named(bloom: Path) -> None:
@@ -358,6 +378,22 @@ def test_a_lane_whose_server_dies_goes_on_elsewhere_with_the_same_bits(bloom: Pa
     with loopback(bloom, REPLICAS, micro_batch_tokens=10, lanes=2, faults=Faults(**{phase: {call}})) as swarm:
         assert same_bits(quiet, pipelined(prepared(bloom, swarm), batch())[1])
         assert swarm.traffic().retries >= 1
+
+
+def test_a_lane_keeps_to_its_servers_through_a_pass(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are made where all its micro-batches are."""
+    turns, route = itertools.count(), Directory.route
+
+    def another_each_time(directory: Directory, *given: Any) -> list[Hop]:
+        turn = next(turns) % 2
+        return [dataclasses.replace(hop, peer=f"peer{hop.span.start // 2 + 2 * turn}") for hop in route(directory, *given)]
+
+    monkeypatch.setattr(Directory, "route", another_each_time)
+    with loopback(bloom, REPLICAS, micro_batch_tokens=10, max_in_flight=1) as swarm:
+        model = prepared(bloom, swarm)
+        pipelined(model, batch())
+        assert swarm.traffic().payload["down kwarg gradients"] == sum(parameter.nbytes for parameter in model.adapter.parameters())
+        assert used(swarm) == 2
 
 
 def test_more_lanes_than_micro_batches_or_servers_are_no_harm(bloom: Path) -> None:
