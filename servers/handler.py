@@ -40,7 +40,7 @@ from swarmtune.wire.messages import (
     integer,
     references,
 )
-from swarmtune.wire.relay import PASSES_ON, Delivery, Relay, Send, take_relay, with_tensor
+from swarmtune.wire.relay import COPIES, PASSES_ON, Delivery, Relay, Send, take_relay, with_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class CallHandler:
     def _features(self) -> tuple[str, ...]:
         own = (KEEPS_GRAPHS, STORES_TENSORS, SUMS_GRADIENTS, *(feature(codec) for codec in Codec if codec is not Codec.NONE))
         own = own if self._span.compiler is None else (*own, COMPILES)
-        return own if self.deliver is None else (*own, PASSES_ON)
+        return own if self.deliver is None else (*own, PASSES_ON, COPIES)
 
     @property
     def graphs(self) -> Graphs:
@@ -215,7 +215,7 @@ class CallHandler:
         if answer.kind != "delivered":
             logger.info("could not pass on to %s: it did not take the delivery", send.peer)
             return result
-        return replace(result, hidden_BTH=None, sent=True)
+        return replace(result, hidden_BTH=result.hidden_BTH if send.copy else None, sent=True)
 
     async def _shared(self, peer: str, message: Message) -> Mapping[str, Tensor]:
         """Keep what the message brings under a digest, and find what it leaves out, because it was sent before."""

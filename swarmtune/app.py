@@ -111,6 +111,7 @@ def _connect(config: Config, peers: list[str], run_dir: Path) -> swarmtune.Swarm
         patience_s=options.patience_s,
         call_timeout_s=options.call_timeout_s,
         chaining=options.chaining,
+        copies=options.copies.value,
         codec=options.codec.value,
         grad_codec=options.grad_codec.value if options.grad_codec is not None else None,
         history=run_dir / HISTORY if options.history else None,

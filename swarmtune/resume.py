@@ -19,6 +19,7 @@ FREE = (
         "swarm.patience_s",
         "swarm.call_timeout_s",
         "swarm.chaining",
+        "swarm.copies",
         "swarm.history",
         "swarm.servers",
         "swarm.spans",

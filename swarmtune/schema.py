@@ -9,7 +9,7 @@ from typing import Any
 
 from swarmtune.data_schema import DataConfig, need
 from swarmtune.errors import UsageError
-from swarmtune.types import MAX_LANES, BlockSpan, Pipeline
+from swarmtune.types import MAX_LANES, BlockSpan, Copies, Pipeline
 
 
 class Dtype(enum.Enum):
@@ -120,6 +120,8 @@ class SwarmConfig:
     """Seconds that one call to a live server may take; where another server can do the work, a call that is slow for its kind is left much sooner."""
     chaining: bool = True
     """Servers hand hidden states and gradients on to each other where they can; ``false`` moves all through this machine. Same bits."""
+    copies: Copies = Copies.AUTO
+    """Whether what servers hand on comes here, too: ``all``, ``none``, or ``auto`` where servers lose graphs. Costs traffic, saves computing."""
     history: bool = False
     """Write every call, asked and answered, to ``history.jsonl`` in the run directory; ``scripts/chaos judge`` reads it."""
     codec: Codec = Codec.NONE

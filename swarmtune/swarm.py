@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarmtune.errors import BlocksUnserved, PeersUnreachable, SwarmMismatch, UsageError, WireError
 from swarmtune.remote.caller import Codecs
@@ -21,7 +22,7 @@ from swarmtune.remote.route import Directory, Discovery
 from swarmtune.remote.totals import ServerTotals
 from swarmtune.transport.base import Traffic, Transport, TransportError
 from swarmtune.transport.loop import LoopThread
-from swarmtune.types import MAX_LANES, Pipeline
+from swarmtune.types import MAX_LANES, Copies, Pipeline
 from swarmtune.wire.compression import Codec
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from swarmtune.wire.messages import ServerInfo
 
 logger = logging.getLogger(__name__)
+Choice = TypeVar("Choice", bound=StrEnum)
 REFRESH_EVERY_S = 10.0
 RETRY_EVERY_S = 0.3
 ONE_MODE_PATIENCE_S = 15.0
@@ -339,10 +341,10 @@ def _reached(dials: Iterable[asyncio.Task[str | None]]) -> set[str]:
     return {peer for dial in dials if (peer := dial.result()) is not None}
 
 
-def _codec(name: str, value: str) -> Codec:
-    if value not in Codec._value2member_map_:
-        raise UsageError(f"{name} must be one of {', '.join(Codec)}, got {value!r}")
-    return Codec(value)
+def _choice(name: str, kind: type[Choice], value: str) -> Choice:
+    if value not in kind._value2member_map_:
+        raise UsageError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
+    return kind(value)
 
 
 def connect(
@@ -357,6 +359,7 @@ def connect(
     patience_s: float = 30.0,
     call_timeout_s: float = 300.0,
     chaining: bool = True,
+    copies: str = "auto",
     codec: str = "none",
     grad_codec: str | None = None,
     credentials: None = None,
@@ -373,6 +376,8 @@ def connect(
         patience_s: how long a call looks for a server before it raises ``SwarmError``.
         call_timeout_s: how long one call to a live server may take.
         chaining: servers hand hidden states and gradients on to each other where they can; the bits do not depend on it.
+        copies: whether the client gets what they hand on, too, so that a backward whose graph was lost need not begin at the first server of the
+            chain: ``"all"``, ``"none"``, or ``"auto"``, where a server of the chain has lately lost a graph or kept none. Same bits.
         lanes: micro-batches go in turns over so many routes, where there are replicas; gradients are added by lane, so the last digits depend on it.
         compile: ``"auto"`` lets servers run compiled blocks once they have compiled them, in the background; their last digits are others.
         codec: how hidden states travel: ``"none"`` (exact), ``"bf16"``, ``"fp16"`` or ``"int8"``.
@@ -394,7 +399,7 @@ def connect(
         raise UsageError(f"initial_peers: {error}") from error
     if credentials is not None:
         raise UsageError("credentials must be None: swarms with admission are not supported")
-    codecs = Codecs(_codec("codec", codec), _codec("grad_codec", codec if grad_codec is None else grad_codec))
+    codecs = Codecs(_choice("codec", Codec, codec), _choice("grad_codec", Codec, codec if grad_codec is None else grad_codec))
     if not isinstance(lanes, int) or isinstance(lanes, bool) or not 1 <= lanes <= MAX_LANES:
         raise UsageError(f"lanes must be an integer from 1 to {MAX_LANES}, got {lanes!r}")
     for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight}.items():
@@ -407,8 +412,6 @@ def connect(
         raise UsageError(f"in_flight_gib must be a number above 0 and below a million, got {in_flight_gib!r}")
     if compile not in ("none", "auto"):
         raise UsageError(f"compile must be none or auto, got {compile!r}")
-    if pipeline not in Pipeline._value2member_map_:
-        raise UsageError(f"pipeline must be one of {', '.join(Pipeline)}, got {pipeline!r}")
     settings = ChainSettings(
         micro_batch_tokens,
         max_in_flight,
@@ -417,9 +420,10 @@ def connect(
         bool(chaining),
         codecs,
         in_flight_bytes=int(in_flight_gib * (1 << 30)),
-        pipeline=Pipeline(pipeline),
+        pipeline=_choice("pipeline", Pipeline, pipeline),
         lanes=lanes,
         compile=compile == "auto",
+        copies=_choice("copies", Copies, copies),
     )
     ledger = Ledger(History(history) if history is not None else None)
     loop = HivemindLoop()

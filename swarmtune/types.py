@@ -134,6 +134,15 @@ MAX_LANES = 64
 """Routes over which micro-batches go in turns."""
 
 
+class Copies(StrEnum):
+    """Of what servers hand on to each other: whether the client gets it, too, so that it need not be computed again for a backward."""
+
+    NONE = "none"
+    AUTO = "auto"
+    """Where a server has lost a graph, or keeps none."""
+    ALL = "all"
+
+
 class Pipeline(StrEnum):
     """How training overlaps micro-batches; the result depends on it as far as sums of other shapes round otherwise."""
 

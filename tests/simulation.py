@@ -12,7 +12,7 @@ import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from servers.handler import CallHandler
-from servers.span import Span
+from servers.span import GRAPH_BYTES, Span
 from swarmtune.errors import SwarmtuneError
 from swarmtune.remote.chain import Chain, ChainSettings
 from swarmtune.remote.ledger import Ledger
@@ -29,6 +29,7 @@ from swarmtune.remote.pipeline import Pipelined
 from swarmtune.remote.route import Directory
 from swarmtune.remote.verdict import Verdict, judge_lines
 from swarmtune.transport.loopback import CLIENT, LoopbackTransport, Streams
+from swarmtune.types import Copies
 from tests.harness import HandlerDiscovery, batch, loopback, lora, make_handler, remote, set_values, step
 
 LATENCY_S = 0.005
@@ -360,6 +361,8 @@ class Simulator:
         warm: bool = False,
         cold: bool = False,
         pipelined: bool = False,
+        copies: bool = False,
+        poor: bool = False,
         restart_s: float | None = RESTART_S,
         slow: Mapping[str, float] | None = None,
         prepare: Callable[[World, Chain], None] | None = None,
@@ -372,6 +375,8 @@ class Simulator:
             warm: run three steps before.
             cold: cut all connections before, so that they are opened again with the faults armed.
             pipelined: train as the ``LightningModule`` does, 1F1B.
+            copies: the client gets what servers hand on to each other, too.
+            poor: servers have no room for graphs.
             restart_s: when a killed server is back; ``None`` for never.
             slow: how many times as long as the others a server takes from then on, by name.
             prepare: called before the armed steps.
@@ -381,11 +386,13 @@ class Simulator:
         handlers = {name: CallHandler(info, span, executors[name]) for name, info, span in self._parts}  # type: ignore[arg-type]
         for handler in handlers.values():
             handler.clock = loop.loop.time
+            handler.graphs.budget_bytes = 0 if poor else GRAPH_BYTES
         world, lines = World(handlers, faults, restart_s), Lines(loop.loop.time)
         try:
             directory = Directory(world, HandlerDiscovery(world), self._digest, self._blocks)
             loop.run(directory.refresh())
-            chain = Chain(world, directory, self._settings, Ledger(lines))  # type: ignore[arg-type]
+            settings = replace(self._settings, copies=Copies.ALL) if copies else self._settings
+            chain = Chain(world, directory, settings, Ledger(lines))  # type: ignore[arg-type]
             body = self._model.body
             body._loop, body._chain = loop, chain
             one_step = self._one_f_one_b if pipelined else self._all_then_all
@@ -458,7 +465,8 @@ class Simulator:
         points = source.sample(range(self.points + self.points // 2), source.randint(1, 4))
         kinds = sorted(PHASES) + ["kill"] * (len(PHASES) - 1)  # every second one
         faults = [Fault(point, kind := source.choice(kinds), source.choice(PHASES[kind])) for point in sorted(points)]
-        return faults, {"warm": source.random() < 0.5, "cold": source.random() < 0.25, "pipelined": source.random() < 0.5}
+        chances = {"warm": 0.5, "cold": 0.25, "pipelined": 0.5, "copies": 0.25, "poor": 0.25}
+        return faults, {name: source.random() < chance for name, chance in chances.items()}
 
 
 def _never() -> Any:

@@ -105,16 +105,22 @@ class Leg:
         hidden_BTH: what entered them.
         kept: the graph, where its server has kept it.
         parts: of a chain of servers that handed the hidden states on: whose blocks were whose.
+        follows: it ran in one chain with the leg before it.
     """
 
     span: BlockSpan
     hidden_BTH: Tensor
     kept: KeptGraph | None = None
     parts: tuple[Part, ...] = ()
+    follows: bool = False
+
+    def all_parts(self) -> tuple[Part, ...]:
+        """Whose graphs its blocks left, whether one server ran them or several."""
+        return self.parts if self.kept is None else (Part(self.span, self.kept),)
 
     def graphs(self) -> list[KeptGraph]:
         """All that has been left behind."""
-        return [part.kept for part in self.parts] + ([self.kept] if self.kept is not None else [])
+        return [part.kept for part in self.all_parts()]
 
 
 def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ from swarmtune.wire.messages import (
     SpanCall,
     SpanResult,
 )
-from swarmtune.wire.relay import Delivery, Receive, Relay, Send, new_token, with_relay
+from swarmtune.wire.relay import COPIES, Delivery, Receive, Relay, Send, new_token, with_relay
 from swarmtune.wire.tensors import ALIGNMENT
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Caller:
         return result
 
     async def pass_through(
-        self, hops: Sequence[Hop], calls: Sequence[SpanCall], purpose: Purpose, kept: Sequence[KeptGraph | None]
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], purpose: Purpose, kept: Sequence[KeptGraph | None], copies: bool = False
     ) -> list[SpanResult]:
         """The same on several servers, each of which hands its hidden states, or their gradient, to the next; only the last returns them.
 
@@ -133,6 +133,7 @@ class Caller:
             calls: one for each; all hold the first one's tensor, for its shape.
             purpose: what this is for.
             kept: for each, the graph that its backward goes through.
+            copies: what is handed to a server whose backward would need it comes here, too.
 
         Raises:
             PeerFault: one of them failed in a way that another server may not.
@@ -149,7 +150,7 @@ class Caller:
             for hop in hops:
                 self._check_same(hop)
             generations = [self._transport.generation(hop.peer) for hop in hops]
-            answers = await self._answers(hops, calls, kept, limit_s)
+            answers = await self._answers(hops, calls, kept, limit_s, copies)
             for hop, generation in zip(hops, generations, strict=True):
                 self._check_same(hop, generation)  # a handle means nothing to another process
         except BaseException as error:
@@ -171,7 +172,7 @@ class Caller:
         return [result for result, _ in answers]
 
     async def _answers(
-        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None, copies: bool
     ) -> list[tuple[SpanResult, Incoming]]:
         """Ask all at once; the first that fails ends the others."""
         tokens = [new_token() for _ in hops[1:]]
@@ -181,12 +182,13 @@ class Caller:
             hop, call, last = hops[index], calls[index], index == len(hops) - 1
             moving = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
             receive = Receive(tokens[index - 1], hops[index - 1].peer, moving.nbytes) if index else None
-            send = None if last else Send(hops[index + 1].peer, tokens[index])
+            copy = copies and not last and calls[index + 1].keep and self._directory.has(hop.peer, COPIES)
+            send = None if last else Send(hops[index + 1].peer, tokens[index], copy)
             message = with_relay(self._message(hop, call, kept[index]), Relay(receive, send))
             message = self._with_codec(hop, message, call)
             room = call.answer_bytes + 2 * ALIGNMENT  # compressed, a tensor has two parts
             reply, answer = await self.exchange(hop, message, room)
-            result = _result(reply, call, hop, passes_on=not last)
+            result = _result(reply, call, hop, not last, copy)
             if not last and result.sent:
                 self._directory.together(hop.peer, hops[index + 1].peer)
             elif not last:
@@ -403,9 +405,9 @@ def _shares(times: Sequence[ServerTimes | None]) -> list[float]:
     return [each / sum(said) for each in said] if all(said) else [1 / len(said)] * len(said)
 
 
-def _result(reply: Message, call: SpanCall, hop: Hop, passes_on: bool = False) -> SpanResult:
+def _result(reply: Message, call: SpanCall, hop: Hop, passes_on: bool, copy: bool) -> SpanResult:
     try:
-        return SpanResult.from_message(reply, call, passes_on)
+        return SpanResult.from_message(reply, call, passes_on, copy)
     except WireError as error:
         raise PeerFault(hop.peer, hop.span, f"its answer is malformed: {error}") from error
 

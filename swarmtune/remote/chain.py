@@ -38,7 +38,7 @@ from swarmtune.remote.ledger import Ledger, Page, Way
 from swarmtune.remote.route import Directory, Hop
 from swarmtune.transport.base import Transport
 from swarmtune.transport.clock import now
-from swarmtune.types import BlockSpan, Pipeline
+from swarmtune.types import BlockSpan, Copies, Pipeline
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
 from swarmtune.wire.messages import SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult
 
@@ -73,6 +73,7 @@ class ChainSettings:
         lanes: micro-batches go in turns over so many routes, where there are replicas; gradients are added by lane.
         pipeline: how training overlaps micro-batches.
         compile: servers may run compiled code.
+        copies: whether what servers hand on to each other comes here, too.
     """
 
     micro_batch_tokens: int = 4096
@@ -85,6 +86,7 @@ class ChainSettings:
     lanes: int = 1
     pipeline: Pipeline = Pipeline.ONE_F_ONE_B
     compile: bool = False
+    copies: Copies = Copies.AUTO
 
     def at_once(self, micro: Sequence[Batch]) -> int:
         """How many of these micro-batches may be under way at once."""
@@ -138,6 +140,8 @@ class Chain:
         self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs, settings.compile)
         self.counters, self.events = self.caller.counters, self.caller.events
         # Tickets of an earlier process with the same identity must not come again: a server may still hold gradients under them.
+        self._forgetful = set[str]()
+        """Servers that have lately lost a graph, or kept none."""
         self._passes, self._chains = secrets.randbits(48), asyncio.Semaphore(MAX_CHAINS)
         self._waits, self._told_at = 0, -math.inf
 
@@ -352,38 +356,61 @@ class Chain:
             calls = [work.forward_call(hop.span, hidden_BTH, self._directory.model) for hop in hops]
             try:
                 async with self._chains if len(hops) > 1 else contextlib.nullcontext():
-                    results = await self.caller.pass_through(hops, calls, work.purpose, [None] * len(hops))
+                    results = await self.caller.pass_through(hops, calls, work.purpose, [None] * len(hops), self._wants_copies(hops))
             except PeerFault as fault:
                 self._after(fault, work.patience)
                 work = replace(work, chaining=False)
                 continue
-            legs.append(self._leg(hops, hidden_BTH, [result.handle for result in results]))
+            self._forgetful |= {hop.peer for hop, call, result in zip(hops, calls, results, strict=True) if call.keep and not result.handle}
+            legs += self._legs(hops, hidden_BTH, results)
             position, work = hops[-1].span.stop, replace(work, patience=self._patience())
             hidden_BTH = _present(results[-1].hidden_BTH)
         return legs, hidden_BTH
 
-    def _leg(self, hops: Sequence[Hop], hidden_BTH: Tensor, handles: Sequence[int]) -> Leg:
-        """What has run, and what of it was kept: of a chain all, or it cannot be gone through backwards."""
-        kept = [KeptGraph(hop.peer, handle, self._transport.generation(hop.peer)) for hop, handle in zip(hops, handles, strict=True) if handle]
-        span = BlockSpan(hops[0].span.start, hops[-1].span.stop)
-        if len(hops) == 1:
-            return Leg(span, hidden_BTH, kept[0] if kept else None)
-        spans = {hop.peer: hop.span for hop in hops}
-        return Leg(span, hidden_BTH, None, tuple(Part(spans[graph.peer], graph) for graph in kept))
+    def _wants_copies(self, hops: Sequence[Hop]) -> bool:
+        copies = self.settings.copies
+        return copies is Copies.ALL or (copies is Copies.AUTO and any(hop.peer in self._forgetful for hop in hops))
+
+    def _legs(self, hops: Sequence[Hop], hidden_BTH: Tensor, results: Sequence[SpanResult]) -> list[Leg]:
+        """What has run, and what of it was kept: one leg for each piece of which it is known here what entered it."""
+        entered = [hidden_BTH, *(result.hidden_BTH for result in results[:-1])]
+        starts = [index for index, tensor in enumerate(entered) if tensor is not None]
+        legs = []
+        for start, stop in zip(starts, [*starts[1:], len(hops)], strict=True):
+            own = list(zip(hops[start:stop], results[start:stop], strict=True))
+            parts = tuple(
+                Part(hop.span, KeptGraph(hop.peer, result.handle, self._transport.generation(hop.peer))) for hop, result in own if result.handle
+            )
+            leg = Leg(BlockSpan(hops[start].span.start, hops[stop - 1].span.stop), _present(entered[start]), follows=start > 0)
+            if len(own) == 1:
+                legs.append(replace(leg, kept=parts[0].kept if parts else None))
+            else:
+                legs.append(replace(leg, parts=parts))
+        return legs
 
     async def _backward_legs(self, work: _Work, legs: Sequence[Leg], grad_BTH: Tensor, input_grad: bool, found: PassGradients) -> Tensor | None:
-        """Walk the legs back to front, as far as anything below still needs a gradient; the gradient by the input, where that is wanted."""
+        """Walk the legs back to front, as far as anything below still needs a gradient; the gradient by the input, where that is wanted.
+
+        Legs that ran in one chain go back in one chain, where that can be done.
+        """
         grad: Tensor | None = grad_BTH
-        for leg in reversed(legs):
-            if not (input_grad or work.batch.trains(BlockSpan(0, leg.span.stop))):
-                return None
-            assert grad is not None
-            deeper = input_grad or (leg.span.start > 0 and work.batch.trains(BlockSpan(0, leg.span.start)))
-            work = replace(work, patience=self._patience())
-            if leg.parts and (back := await self._backward_chain(work, leg, grad, deeper, found)) is not None:
-                grad = back.hidden_BTH
-            else:
-                grad = await self._backward_leg(work, leg, grad, deeper, found)
+
+        def below(block: int) -> bool:
+            return input_grad or (block > 0 and work.batch.trains(BlockSpan(0, block)))
+
+        for chain in reversed(_chains(legs)):
+            todo = [_together(chain)]
+            while todo:
+                leg = todo.pop()
+                if not below(leg.span.stop):
+                    return None
+                work, deeper = replace(work, patience=self._patience()), below(leg.span.start)
+                if leg.parts and (back := await self._backward_chain(work, leg, _present(grad), deeper, found)) is not None:
+                    grad = back.hidden_BTH
+                elif len(chain) > 1 and leg.span.stop == chain[-1].span.stop and leg.span.start == chain[0].span.start:
+                    todo = list(chain)
+                else:
+                    grad = await self._backward_leg(work, leg, _present(grad), deeper, found)
         return grad
 
     async def _backward_chain(self, work: _Work, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: PassGradients) -> SpanResult | None:
@@ -412,6 +439,7 @@ class Chain:
             self._after(fault, work.patience)
             return None
         for part, result in zip(needed, results, strict=True):
+            self._forgetful.discard(part.kept.peer)
             found.collect(work.batch, leg, grad_BTH, result, part.span)
         return results[-1]
 
@@ -494,6 +522,7 @@ class Chain:
             self._directory.busy(fault.peer, fault.retry_s)
             over = patience.wait_for(fault.retry_s, fault)
         elif isinstance(fault, GraphLost | TensorsLost):
+            self._forgetful |= {fault.peer} if isinstance(fault, GraphLost) else set()
             over = patience.count(fault)  # it gets next what it lacks
         elif isinstance(fault, PeerDraining | PeerCutOff):
             if isinstance(fault, PeerDraining):
@@ -510,6 +539,25 @@ class Chain:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
         expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff | GraphLost | TensorsLost)
         logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
+
+
+def _chains(legs: Sequence[Leg]) -> list[list[Leg]]:
+    """Legs that ran in one chain stand together."""
+    found: list[list[Leg]] = []
+    for leg in legs:
+        if leg.follows:
+            found[-1].append(leg)
+        else:
+            found.append([leg])
+    return found
+
+
+def _together(legs: Sequence[Leg]) -> Leg:
+    """The legs of one chain as if nothing were known of what went between them."""
+    if len(legs) == 1:
+        return legs[0]
+    span = BlockSpan(legs[0].span.start, legs[-1].span.stop)
+    return Leg(span, legs[0].hidden_BTH, parts=tuple(part for leg in legs for part in leg.all_parts()))
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -65,8 +65,8 @@ class Legs:
     """Where the micro-batches of one forward ran, and what was left behind there for the backward; whatever is not used is released."""
 
     def __init__(self, call: BodyCall, ran: Sequence[Sequence[Leg]]) -> None:
-        self._spans = [[leg.span for leg in own] for own in ran]
-        self._left = [[(leg.kept, leg.parts) for leg in own] for own in ran]
+        nothing = torch.empty(0)  # tensors are autograd's to keep
+        self._left = [[replace(leg, hidden_BTH=nothing) for leg in own] for own in ran]
         graphs = [graph for own in ran for leg in own for graph in leg.graphs()]
         self._unused = weakref.finalize(self, call.loop.post, partial(call.chain.caller.release, graphs))
         self._unused.atexit = False
@@ -74,14 +74,11 @@ class Legs:
     def with_inputs(self, micro: Sequence[Batch], entered: Sequence[Tensor]) -> list[list[Leg]]:
         """Put the saved inputs back beside their spans. A graph can be gone through once, so a second backward gets none."""
         remaining = iter(entered)
-        left, self._left = self._left, [[(None, ())] * len(own) for own in self._spans]
+        left, self._left = self._left, [[replace(leg, kept=None, parts=()) for leg in own] for own in self._left]
         self._unused.detach()
         return [
-            [
-                Leg(span, batch.hidden_BTH if position == 0 else next(remaining), kept, parts)
-                for position, (span, (kept, parts)) in enumerate(zip(spans, own, strict=True))
-            ]
-            for spans, own, batch in zip(self._spans, left, micro, strict=True)
+            [replace(leg, hidden_BTH=next(remaining) if position else batch.hidden_BTH) for position, leg in enumerate(own)]
+            for own, batch in zip(left, micro, strict=True)
         ]
 
 

@@ -44,10 +44,7 @@ class PassGradients:
 
     def ran(self, micro: int, legs: Sequence[Leg]) -> None:
         """The forward of one more micro-batch has run there: sums are worth asking for where all of its lane so far went to one server."""
-        places = frozenset(
-            {(leg.span, leg.kept.peer, leg.kept.generation) for leg in legs if leg.kept is not None}
-            | {(part.span, part.kept.peer, part.kept.generation) for leg in legs for part in leg.parts}
-        )
+        places = frozenset((part.span, part.kept.peer, part.kept.generation) for leg in legs for part in leg.all_parts())
         lane = self.lane(micro)
         self._places[lane] = self._places.get(lane, places) & places
 

@@ -456,13 +456,14 @@ class SpanResult:
         return Message("result", {**fields, **{name: value for name, value in more.items() if value}}, tensors)
 
     @classmethod
-    def from_message(cls, message: Message, call: SpanCall, passes_on: bool = False) -> SpanResult:
+    def from_message(cls, message: Message, call: SpanCall, passes_on: bool = False, copy: bool = False) -> SpanResult:
         """Check a reply against the call that it answers: exactly the tensors asked for, in their shapes and types.
 
         Args:
             message: the reply.
             call: what it answers.
             passes_on: the server was to send the hidden states on, and may say that it did.
+            copy: and to answer with them all the same.
 
         Raises:
             WireError: anything else.
@@ -472,7 +473,7 @@ class SpanResult:
         tensors = dict(message.tensors)
         hidden = tensors.pop("hidden", None)
         sent = passes_on and message.fields.get("sent") is True
-        if (hidden is not None) != ((call.grad_BTH is None or call.input_grad) and not sent):
+        if (hidden is not None) != ((call.grad_BTH is None or call.input_grad) and (copy or not sent)):
             raise WireError("a reply holds a hidden state where none was asked for, or lacks it")
         like = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
         if hidden is not None and (hidden.shape != like.shape or hidden.dtype != like.dtype):

@@ -14,6 +14,8 @@ from swarmtune.wire.messages import CallKind, integer, text
 
 PASSES_ON = "passes_on"
 """Feature of a server: it takes ``receive`` and ``send`` in a forward and in a ``kept_backward``, and the call ``deliver``."""
+COPIES = "copies"
+"""Feature of a server: it takes ``copy`` in a call with ``send``."""
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _TENSOR = {CallKind.FORWARD: "hidden", CallKind.KEPT_BACKWARD: "grad"}
 
@@ -35,10 +37,17 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Where a call's hidden states or gradients are to be delivered."""
+    """Where a call's hidden states or gradients are to be delivered.
+
+    Attributes:
+        peer: to whom.
+        token: that the delivery names.
+        copy: the caller gets them, too.
+    """
 
     peer: str
     token: str
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ def with_relay(message: Message, relay: Relay) -> Message:
         fields["receive"] = [relay.receive.token, relay.receive.peer, relay.receive.size]
     if relay.send is not None:
         fields["send"] = [relay.send.peer, relay.send.token]
+        if relay.send.copy:
+            fields["copy"] = True
     return replace(message, fields=fields, tensors=tensors)
 
 
@@ -82,7 +93,7 @@ def take_relay(message: Message) -> tuple[Message, Relay]:
     if message.kind not in _TENSOR:
         raise WireError(f"a call {message.kind!r:.40} takes no receive and no send")
     fields = dict(message.fields)
-    received, sent = fields.pop("receive", None), fields.pop("send", None)
+    received, sent, copy = fields.pop("receive", None), fields.pop("send", None), fields.pop("copy", False)
     receive = send = None
     if received is not None:
         if not isinstance(received, list) or len(received) != 3 or _TENSOR[CallKind(message.kind)] in message.tensors:
@@ -91,7 +102,7 @@ def take_relay(message: Message) -> tuple[Message, Relay]:
     if sent is not None:
         if not isinstance(sent, list) or len(sent) != 2:
             raise WireError("send must be [peer, token]")
-        send = Send(text(sent[0], "a peer"), _token(sent[1]))
+        send = Send(text(sent[0], "a peer"), _token(sent[1]), copy is True)
     return replace(message, fields=fields), Relay(receive, send)
 
 

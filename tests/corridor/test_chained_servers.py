@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import swarmtune
 from servers.handler import CallHandler
 from swarmtune.swarm import Swarm
 from swarmtune.transport.base import TransportError
-from swarmtune.wire.relay import PASSES_ON
+from swarmtune.types import Copies
+from swarmtune.wire.relay import COPIES, PASSES_ON
 from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, save_tiny, set_values, step, trainable
 
 HIDDEN_BYTES = 4 * 10 * 48 * 4
@@ -34,6 +36,10 @@ def moved(swarm: Swarm) -> dict[str, float]:
     """Hidden states and gradients through the client, in hidden states of the whole batch."""
     payload = swarm.traffic().payload
     return {kind: payload.get(kind, 0) / HIDDEN_BYTES for kind in ("up hidden", "down hidden", "up gradient", "down gradient", "up relayed")}
+
+
+def forwards(swarm: Swarm) -> int:
+    return sum(server.block_forwards for server in swarm.traffic().servers)
 
 
 def nobody_reaches(swarm: Swarm) -> None:
@@ -156,6 +162,96 @@ def test_graphs_that_are_lost_in_a_chain_are_computed_again(bloom: Path, quiet: 
         loss.backward()
         assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
         assert sum(len(handler.mailbox) for handler in handlers(swarm)) == 0
+
+
+def test_copies_come_to_the_client_and_change_no_bit(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom, SPANS[4], copies=Copies.ALL) as swarm:
+        assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+        assert moved(swarm) == {"up hidden": 1, "down hidden": 4, "up gradient": 1, "down gradient": 0, "up relayed": 0}
+        assert forwards(swarm) == 4
+        assert swarm.traffic().retries == 0
+
+
+def test_nothing_is_copied_that_no_backward_needs(bloom: Path) -> None:
+    with loopback(bloom, SPANS[4], copies=Copies.ALL) as swarm:
+        step(prepared(bloom, swarm, lora("bloom", layers_to_transform=[2])), batch())
+        assert moved(swarm)["down hidden"] == 3, "the output, and what enters blocks 2 and 3"
+        with torch.no_grad():
+            remote(bloom, swarm)(**batch())
+        assert moved(swarm)["down hidden"] == 4
+
+
+@pytest.mark.parametrize("poor", [[0], [1], [3], [0, 1, 2, 3]], ids=str)
+def test_where_graphs_find_no_room_copies_save_a_third_forward(bloom: Path, quiet: dict[str, Tensor], poor: list[int]) -> None:
+    seen = {}
+    for copies in Copies:
+        with loopback(bloom, SPANS[4], copies=copies) as swarm:
+            for index in poor:
+                handlers(swarm)[index].graphs.budget_bytes = 0
+            model, counts = prepared(bloom, swarm), [0]
+            for _ in range(3):
+                assert same_bits(quiet, step(model, batch())[2])
+                counts.append(forwards(swarm))
+            seen[copies] = [after - before for before, after in itertools.pairwise(counts)]
+    assert seen[Copies.ALL] == [4 + len(poor)] * 3
+    assert seen[Copies.AUTO][1:] == [4 + len(poor)] * 2, "the first step finds out"
+    assert min(seen[Copies.NONE]) > 4 + len(poor)
+
+
+def test_copies_end_when_graphs_are_found_again(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom, SPANS[4]) as swarm:
+        model = prepared(bloom, swarm)
+        handlers(swarm)[1].graphs.budget_bytes = 0
+        step(model, batch())
+        handlers(swarm)[1].graphs.budget_bytes = 1 << 30
+        downs = []
+        for _ in range(3):
+            before = moved(swarm)["down hidden"]
+            assert same_bits(quiet, step(model, batch())[2])
+            downs.append(moved(swarm)["down hidden"] - before)
+        assert downs == [4, 1, 1]
+
+
+def test_a_server_that_makes_no_copies_is_one_piece_with_the_next(bloom: Path, quiet: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    features = CallHandler._features
+    first = {}
+    monkeypatch.setattr(
+        CallHandler, "_features", lambda handler: tuple(each for each in features(handler) if each != COPIES or handler._info.span.start != 1)
+    )
+    for poor in (None, 0, 1, 2):
+        with loopback(bloom, SPANS[4], copies=Copies.ALL) as swarm:
+            if poor is not None:
+                handlers(swarm)[poor].graphs.budget_bytes = 0
+            assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+            first[poor] = forwards(swarm)
+            assert moved(swarm)["down hidden"] >= 3
+    assert first[None] == 4
+    assert first[0] == 5
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+@pytest.mark.parametrize("call", range(8))
+def test_any_server_of_a_chain_with_copies_dies(bloom: Path, quiet: dict[str, Tensor], call: int, phase: str) -> None:
+    spans = [*SPANS[4], *SPANS[4]]
+    with loopback(bloom, spans, faults=Faults(**{phase: {call}}), patience_s=10, copies=Copies.ALL) as swarm:
+        assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
+        assert swarm.traffic().retries >= 1
+        if call >= 4:  # in the backward: no block below is run again for its output alone
+            assert forwards(swarm) <= 8
+
+
+def test_a_second_backward_has_its_copies(bloom: Path, quiet: dict[str, Tensor]) -> None:
+    with loopback(bloom, SPANS[4], copies=Copies.ALL) as swarm:
+        model = prepared(bloom, swarm)
+        model.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward(retain_graph=True)
+        once = {name: parameter.grad.clone() for name, parameter in model.adapter.named_parameters()}
+        model.zero_grad()
+        loss.backward()
+        assert same_bits(once, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
+        assert same_bits(quiet, once)
+        assert forwards(swarm) == 8
 
 
 def test_an_evaluation_goes_through_the_chain_too(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 import swarmtune
 from servers.handler import CallHandler
 from swarmtune.errors import SwarmError
+from swarmtune.remote.batch import KeptGraph, KwargPlan, Leg
+from swarmtune.remote.gradients import PassGradients
 from swarmtune.swarm import Swarm
+from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import ServerInfo
 from tests.harness import Faults, batch, loopback, lora, remote, same_bits, set_values, step
 
@@ -73,6 +76,15 @@ def test_micro_batches_of_several_servers_are_added_here(bloom: Path, quiet: dic
         assert same_bits(quiet, step(prepared(bloom, swarm), batch())[2])
     # Nobody is asked for a sum that cannot come, as that would have to be asked for again.
     assert sum(kind.endswith("backward") for kind, _ in faults.log) == 2 * MICRO
+
+
+def test_a_sum_is_asked_for_where_all_graphs_are_on_one_connection() -> None:
+    plan = KwargPlan("prompt", {}, BlockSpan(0, 2), True)
+    for other, expected in ((("one", 1), True), (("two", 1), False), (("one", 2), False)):
+        found, hidden = PassGradients([plan], 2, 1), torch.zeros(1, 1, 1)
+        for micro, (peer, generation) in enumerate((("one", 1), other)):
+            found.ran(micro, [Leg(BlockSpan(0, 2), hidden, KeptGraph(peer, 7 + micro, generation))])
+        assert (found.wanted(0, BlockSpan(0, 2)) is not None) == expected
 
 
 def test_a_server_that_adds_others_than_the_pass_is_not_believed(bloom: Path, quiet: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from swarmtune.wire.messages import Fault as FaultMessage
 from swarmtune.wire.messages import FaultCode, SpanResult
 from tests.simulation import COMPUTE_S, PHASES, STALL_S, Fault, Simulator, World
 
-HOWS: list[dict[str, bool]] = [{}, {"warm": True}, {"cold": True}, {"pipelined": True}]
-STRIDES = (1, 6, 6, 2)
+HOWS: list[dict[str, bool]] = [{}, {"warm": True}, {"cold": True}, {"pipelined": True}, {"copies": True}, {"poor": True}]
+STRIDES = (2, 8, 6, 3, 5, 8)
 PAIRS = 50
 SEEDS = 40
 

@@ -306,6 +306,19 @@ def test_gradients_in_the_answer_to_a_forward_are_a_wire_error() -> None:
         SpanResult.from_message(answer(), FORWARD)
 
 
+def test_hidden_states_that_were_handed_on_come_as_a_copy_where_that_was_asked_for_and_only_there() -> None:
+    sent, copied = SpanResult(None, sent=True).to_message(), SpanResult(HIDDEN, sent=True).to_message()
+    assert SpanResult.from_message(sent, FORWARD, passes_on=True).sent
+    found = SpanResult.from_message(copied, FORWARD, passes_on=True, copy=True)
+    assert found.sent
+    assert found.hidden_BTH is not None
+    not_sent = SpanResult.from_message(SpanResult(HIDDEN).to_message(), FORWARD, passes_on=True, copy=True)
+    assert not not_sent.sent
+    for message, asked in ((sent, True), (copied, False)):
+        with pytest.raises(WireError, match="where none was asked for, or lacks it"):
+            SpanResult.from_message(message, FORWARD, passes_on=True, copy=asked)
+
+
 def test_an_input_gradient_that_nobody_asked_for_is_a_wire_error() -> None:
     call = replace(BACKWARD, input_grad=False)
     SpanResult.from_message(answer(hidden=None), call)
