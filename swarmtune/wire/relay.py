@@ -88,7 +88,7 @@ def take_relay(message: Message) -> tuple[Message, Relay]:
     Raises:
         WireError: malformed, or of a kind that cannot.
     """
-    if "receive" not in message.fields and "send" not in message.fields:
+    if not {"receive", "send", "copy"} & set(message.fields):
         return message, Relay()
     if message.kind not in _TENSOR:
         raise WireError(f"a call {message.kind!r:.40} takes no receive and no send")
@@ -99,10 +99,12 @@ def take_relay(message: Message) -> tuple[Message, Relay]:
         if not isinstance(received, list) or len(received) != 3 or _TENSOR[CallKind(message.kind)] in message.tensors:
             raise WireError("receive must be [token, peer, bytes], and the tensor is not in the call")
         receive = Receive(_token(received[0]), text(received[1], "a peer"), integer(received[2], "a size"))
+    if not isinstance(copy, bool) or (copy and sent is None):
+        raise WireError("copy must be true or false, and goes with send")
     if sent is not None:
         if not isinstance(sent, list) or len(sent) != 2:
             raise WireError("send must be [peer, token]")
-        send = Send(text(sent[0], "a peer"), _token(sent[1]), copy is True)
+        send = Send(text(sent[0], "a peer"), _token(sent[1]), copy)
     return replace(message, fields=fields), Relay(receive, send)
 
 

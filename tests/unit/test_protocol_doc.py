@@ -374,9 +374,10 @@ def test_the_fields_of_a_backward_through_a_kept_graph_are_those_of_the_code() -
     assert f"`{messages.SUMS_GRADIENTS}` is `sum`" in flat("info")
     assert f"`{messages.COMPILES}` is `compile`" in flat("info")
     assert f"`{relay.PASSES_ON}` is `receive` and `send`" in flat("info")
+    assert f"`{relay.COPIES}` is `copy`" in flat("info")
     assert column("Codecs") == [str(codec) for codec in compression.Codec if codec != "none"]
     assert all(f"`{compression.feature(codec)}`" in flat("info") for codec in compression.Codec if codec != "none")
-    assert column("deliver") == ["receive", "send"]
+    assert column("deliver") == ["receive", "send", "copy"]
     assert f"`{messages.STORES_TENSORS}` is `digest`" in flat("info")
 
 
