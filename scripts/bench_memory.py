@@ -7,6 +7,7 @@ kernel's (``VmHWM`` of ``/proc/PID/status``), set back before each phase through
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bench_place import complete, serving
 from bench_report import Panel, Report, Row, say, setting
 from transformers import AutoModelForCausalLM, BloomConfig
 
+from servers.memory import IDLE_S
 from swarmtune.errors import UsageError
 
 FLOOR_HIDDEN = 64
@@ -24,12 +26,13 @@ FLOOR_HIDDEN = 64
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Bytes of one process: the peak until it was ready, what it held then, the peak while training, and what it held afterwards."""
+    """Bytes of one process: the peak until it was ready, what it held then, the peak while training, what it held afterwards, and once it was idle."""
 
     loading: int
     ready: int
     training: int
     after: int
+    idle: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,9 @@ def rows_of(who: str, floor: Seen, seen: Seen, own: int, whole: int) -> tuple[li
         rows.append({"figure": figure, "value": f"{mb(beyond)}; {beyond / whole:.1%}", "ratio": round(beyond / whole, 4)})
         rows.append({"figure": f"{who}, {phase}: peak in all, of which libraries, MB", "value": f"{mb(peak)}, {mb(least)}"})
         bars[f"{who}, {phase}"] = beyond / 1e6
-    kept = seen.after - seen.ready - (floor.after - floor.ready)
-    rows.append({"figure": f"{who}: kept after training beyond what it held before, MB; share of {of}", "value": f"{mb(kept)}; {kept / whole:.1%}"})
+    for when, name in (("after training", "after"), *([("when idle after that", "idle")] if who == "server" else [])):
+        kept = getattr(seen, name) - seen.ready - (getattr(floor, name) - floor.ready)
+        rows.append({"figure": f"{who}: kept {when} beyond what it held before, MB; share of {of}", "value": f"{mb(kept)}; {kept / whole:.1%}"})
     return rows, bars
 
 
@@ -97,7 +101,7 @@ def mb(size: int) -> str:
 
 def worst(servers: tuple[Seen, ...]) -> Seen:
     """The largest number of any server, in each phase."""
-    return Seen(*(max(getattr(seen, phase) for seen in servers) for phase in ("loading", "ready", "training", "after")))
+    return Seen(*(max(getattr(seen, phase) for seen in servers) for phase in ("loading", "ready", "training", "after", "idle")))
 
 
 def weights(hidden: int, layers: int, dtype: str) -> tuple[int, int]:
@@ -119,8 +123,10 @@ def one_run(options: argparse.Namespace, spans: list[str], hidden: int, director
         reset = all([set_back(pid) for pid in place.pids])
         first, last = trains.ask(",".join(place.addresses) + "\n0"), trains.ask(options.steps)
         trained = {pid: status(pid) for pid in place.pids}
-    servers = tuple(Seen(ready[pid]["VmHWM"], ready[pid]["VmRSS"], trained[pid]["VmHWM"], trained[pid]["VmRSS"]) for pid in place.pids)
-    seen = Seen(first["VmHWM"], first["VmRSS"], last["VmHWM"], last["VmRSS"])
+        time.sleep(3 * IDLE_S)
+        idle = {pid: status(pid)["VmRSS"] for pid in place.pids}
+    servers = tuple(Seen(ready[pid]["VmHWM"], ready[pid]["VmRSS"], trained[pid]["VmHWM"], trained[pid]["VmRSS"], idle[pid]) for pid in place.pids)
+    seen = Seen(first["VmHWM"], first["VmRSS"], last["VmHWM"], last["VmRSS"], last["VmRSS"])
     for number, each in enumerate((*servers, seen)):
         who = f"server {spans[number]}" if number < len(servers) else "client"
         say("memory", hidden=hidden, process=who, **{name: getattr(each, name) for name in Seen.__slots__})

@@ -147,6 +147,7 @@ async def _work(
     """
     from servers.announce import announce_forever
     from servers.graphs import expire_forever
+    from servers.memory import trim_when_idle
 
     await _start_node(config, parent, node)
     reachable = await _reach(node, config.initial_peers)
@@ -164,6 +165,7 @@ async def _work(
         ),
         asyncio.create_task(report.forever(config.log_every_s)),
         asyncio.create_task(expire_forever(handler.graphs, handler.sums)),
+        asyncio.create_task(trim_when_idle(handler)),
         asyncio.create_task(node.daemon_ended.wait()),
     ]
     try:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +22,7 @@ from swarmtune.types import BlockSpan
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+IDLE_S = 10.0
 SCORE_BYTES = 6
 """Kept per attention score by eager attention: the float32 softmax and its copy in half precision."""
 
@@ -101,6 +107,37 @@ def activation_budget(device: torch.device) -> int:
     """Bytes of activations to keep for backwards, where nobody has said: a quarter of what is free once the weights are loaded."""
     free = free_bytes(device)
     return GIB if free is None else free // 4
+
+
+class Busyness(Protocol):
+    """What tells whether a server has something to do."""
+
+    calls: int
+    in_flight: int
+
+
+async def trim_when_idle(work: Busyness, idle_s: float = IDLE_S) -> NoReturn:
+    """Give the system back what malloc keeps for the next call, once there has been none for a while.
+
+    Taking it anew makes the first step after that slower, so it stays while calls come.
+    """
+    trim = _malloc_trim()
+    before, trimmed = work.calls, False
+    while True:
+        await asyncio.sleep(idle_s)
+        idle = work.calls == before and not work.in_flight
+        if trim is not None and idle and not trimmed:
+            await asyncio.to_thread(trim)
+        before, trimmed = work.calls, idle
+
+
+def _malloc_trim() -> Callable[[], object] | None:
+    """Of the C library, where it has one (glibc)."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return partial(trim, 0)
 
 
 def free_bytes(device: torch.device) -> int | None:

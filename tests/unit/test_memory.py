@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from servers.memory import MemoryNeed, _available, _free_in_group, check_fits, free_bytes
+from servers import memory
+from servers.memory import MemoryNeed, _available, _free_in_group, _malloc_trim, check_fits, free_bytes, trim_when_idle
 from swarmtune.errors import UsageError
 from swarmtune.types import BlockSpan
 
@@ -69,3 +73,51 @@ def test_the_tightest_control_group_counts_and_its_file_cache_does_not(tmp_path:
     group(top, version, "400", 300, 0)
     assert _free_in_group(membership, root) == 100
     assert _free_in_group(tmp_path / "absent", root) is None
+
+
+@dataclass
+class Work:
+    """As much of a server as is looked at."""
+
+    calls: int = 0
+    in_flight: int = 0
+
+
+def resident() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024
+
+
+async def some_time(work: Work) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(trim_when_idle(work, 0.05), 0.6)
+
+
+@pytest.mark.skipif(_malloc_trim() is None, reason="no glibc")
+def test_an_idle_server_gives_back_what_malloc_keeps() -> None:
+    """Tensors small enough for the heap, of which the last one, at its top, stays."""
+    tensors = [torch.ones(25_000) for _ in range(2000)]
+    full = resident()
+    del tensors[:-1]
+    asyncio.run(some_time(Work()))
+    assert full - resident() > 100e6
+
+
+def test_it_is_done_once_after_the_last_call_and_never_beside_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: lambda: trims.append(1))
+
+    async def calls_come(work: Work) -> None:
+        for _ in range(30):
+            work.calls += 1
+            await asyncio.sleep(0.02)
+
+    async def both(work: Work) -> None:
+        await asyncio.gather(some_time(work), calls_come(work))
+
+    asyncio.run(some_time(Work()))
+    assert len(trims) == 1
+    asyncio.run(some_time(Work(in_flight=1)))
+    assert len(trims) == 1
+    asyncio.run(both(Work()))
+    assert len(trims) == 1
