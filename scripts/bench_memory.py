@@ -26,7 +26,7 @@ FLOOR_HIDDEN = 64
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Bytes of one process: the peak until it was ready, what it held then, the peak while training, what it held afterwards, and once it was idle."""
+    """Bytes of one process: the most until it was ready, what it held then, the most while training, what it held then, and once it was idle."""
 
     loading: int
     ready: int
