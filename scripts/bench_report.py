@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 import os
+import os
 import platform
 import subprocess
 import textwrap
@@ -95,7 +96,9 @@ class Report:
 
 def setting(options: argparse.Namespace, *words: str) -> str:
     """The beginning of a heading: the measurement, and what is particular about it."""
-    return ", ".join([options.what, *words, options.dtype, *([] if options.hidden == 1024 else [f"hidden size {options.hidden}"])])
+    preloaded = [Path(name).name.partition(".")[0] for name in os.environ.get("LD_PRELOAD", "").split(":") if name]
+    size = [] if options.hidden == 1024 else [f"hidden size {options.hidden}"]
+    return ", ".join([options.what, *words, options.dtype, *size, *preloaded])
 
 
 def say(bench: str, **values: Any) -> None:

@@ -121,7 +121,7 @@ async def trim_when_idle(work: Busyness, idle_s: float = IDLE_S) -> NoReturn:
 
     Taking it anew makes the first step after that slower, so it stays while calls come.
     """
-    trim = _malloc_trim()
+    trim = trimming()
     before, trimmed = work.calls, False
     while True:
         await asyncio.sleep(idle_s)
@@ -131,13 +131,14 @@ async def trim_when_idle(work: Busyness, idle_s: float = IDLE_S) -> NoReturn:
         before, trimmed = work.calls, idle
 
 
-def _malloc_trim() -> Callable[[], object] | None:
-    """Of the C library, where it has one (glibc)."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
-    return partial(trim, 0)
+def trimming() -> Callable[[], object] | None:
+    """What makes the allocator of this process give back what is free: of tcmalloc, where it was preloaded, or of glibc; ``None`` for others."""
+    for name, arguments in (("MallocExtension_ReleaseFreeMemory", ()), ("malloc_trim", (0,))):
+        try:
+            return partial(getattr(ctypes.CDLL(None), name), *arguments)
+        except (AttributeError, OSError, TypeError):
+            continue
+    return None
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from servers import memory
-from servers.memory import MemoryNeed, _available, _free_in_group, _malloc_trim, check_fits, free_bytes, trim_when_idle
+from servers.memory import MemoryNeed, _available, _free_in_group, check_fits, free_bytes, trim_when_idle, trimming
 from swarmtune.errors import UsageError
 from swarmtune.types import BlockSpan
 
@@ -93,7 +93,7 @@ async def some_time(work: Work) -> None:
         await asyncio.wait_for(trim_when_idle(work, 0.05), 0.6)
 
 
-@pytest.mark.skipif(_malloc_trim() is None, reason="no glibc")
+@pytest.mark.skipif(trimming() is None, reason="neither glibc nor tcmalloc")
 def test_an_idle_server_gives_back_what_malloc_keeps() -> None:
     """Tensors small enough for the heap, of which the last one, at its top, stays."""
     tensors = [torch.ones(25_000) for _ in range(2000)]
@@ -105,7 +105,7 @@ def test_an_idle_server_gives_back_what_malloc_keeps() -> None:
 
 def test_it_is_done_once_after_the_last_call_and_never_beside_one(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[int] = []
-    monkeypatch.setattr(memory, "_malloc_trim", lambda: lambda: trims.append(1))
+    monkeypatch.setattr(memory, "trimming", lambda: lambda: trims.append(1))
 
     async def calls_come(work: Work) -> None:
         for _ in range(30):
