@@ -7,7 +7,6 @@ import datetime
 import io
 import json
 import os
-import os
 import platform
 import subprocess
 import textwrap
@@ -85,20 +84,25 @@ class Report:
 
     def keep(self) -> None:
         """Append the table; the picture belongs to the last table of its name, so it leaves the one before."""
-        picture = f"![{self.setting}](images/{self.name}.png)\n\n"
+        name = "_".join([self.name, *preloaded()])
+        picture = f"![{self.setting}](images/{name}.png)\n\n"
         text = PAGE.read_text(encoding="utf-8")
         if self.panels:
-            (IMAGES / f"{self.name}.png").write_bytes(draw(self.heading, self.panels))
-            text = "".join(part for part in text.splitlines(keepends=True) if f"(images/{self.name}.png)" not in part)
+            (IMAGES / f"{name}.png").write_bytes(draw(self.heading, self.panels))
+            text = "".join(part for part in text.splitlines(keepends=True) if f"(images/{name}.png)" not in part)
         head, _, rest = self.table.partition("\n\n")
         PAGE.write_text(f"{text.rstrip()}\n\n{head}\n\n{picture if self.panels else ''}{rest}", encoding="utf-8")
 
 
 def setting(options: argparse.Namespace, *words: str) -> str:
     """The beginning of a heading: the measurement, and what is particular about it."""
-    preloaded = [Path(name).name.partition(".")[0] for name in os.environ.get("LD_PRELOAD", "").split(":") if name]
     size = [] if options.hidden == 1024 else [f"hidden size {options.hidden}"]
-    return ", ".join([options.what, *words, options.dtype, *size, *preloaded])
+    return ", ".join([options.what, *words, options.dtype, *size, *preloaded()])
+
+
+def preloaded() -> list[str]:
+    """Libraries that stand in for the system's, such as another allocator."""
+    return [Path(name).name.partition(".")[0] for name in os.environ.get("LD_PRELOAD", "").split(":") if name]
 
 
 def say(bench: str, **values: Any) -> None:
