@@ -137,6 +137,8 @@ def test_a_factor_that_was_not_foreseen_is_multiplied_in(bloom: Path) -> None:
         plain = pipelined(model, batch())[1]
         quarter = pipelined(model, batch(), scale=0.25, factor=0.25)[1]
         assert same_bits(plain, {name: 4 * grad for name, grad in quarter.items()})
+        half = pipelined(model, batch(), scale=2.0, factor=0.5)[1]
+        assert same_bits(plain, {name: 2 * grad for name, grad in half.items()})
         third = pipelined(model, batch(), scale=1.0, factor=1 / 3)[1]
         assert all(torch.equal(third[name], grad * torch.tensor(1 / 3)) for name, grad in plain.items())
 

@@ -139,8 +139,8 @@ def test_the_worker_does_what_is_to_follow_the_job_that_runs() -> None:
 
 
 def test_a_float16_gradient_is_tried_unscaled_before_it_is_given_up() -> None:
-    weight = torch.tensor([3e4], dtype=torch.float16, requires_grad=True)
-    output = (weight * 1.0).view(1, 1, 1) * torch.tensor(2.0**15, dtype=torch.float16)  # any scaling up overflows on the way back
+    weight = torch.tensor([1e-3], dtype=torch.float16, requires_grad=True)
+    large = [torch.tensor(2.0**power, dtype=torch.float16) for power in (15, 12)]
+    output = (weight * large[0]).view(1, 1, 1) * large[1]  # on the way back, whatever is scaled up overflows
     found = gradients(Graph(output, None, [(0, 0, weight)], {0: (BlockSpan(0, 1), torch.float32, True)}), torch.tensor([[[1e-7]]]), False)
-    assert torch.isfinite(found.kwarg_grads[0]).all()
-    assert found.kwarg_grads[0].item() == pytest.approx(1e-7 * 2**15, rel=0.3)
+    assert found.kwarg_grads[0].item() == pytest.approx(1e-7 * 2**27, rel=0.3)
