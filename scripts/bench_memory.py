@@ -123,7 +123,7 @@ def one_run(options: argparse.Namespace, spans: list[str], hidden: int, director
         reset = all([set_back(pid) for pid in place.pids])
         first, last = trains.ask(",".join(place.addresses) + "\n0"), trains.ask(options.steps)
         trained = {pid: status(pid) for pid in place.pids}
-        time.sleep(3 * IDLE_S)
+        time.sleep(2.2 * IDLE_S)
         idle = {pid: status(pid)["VmRSS"] for pid in place.pids}
     servers = tuple(Seen(ready[pid]["VmHWM"], ready[pid]["VmRSS"], trained[pid]["VmHWM"], trained[pid]["VmRSS"], idle[pid]) for pid in place.pids)
     seen = Seen(first["VmHWM"], first["VmRSS"], last["VmHWM"], last["VmRSS"], last["VmRSS"])
