@@ -89,6 +89,10 @@ async def expire_forever(*stores: Expires) -> NoReturn:
             store.expire()
 
 
+def _gone(handle: int) -> GraphGone:
+    return GraphGone(f"no graph is kept under handle {handle} for this client: send the inputs")
+
+
 class Graphs:
     """Keeps graphs of clients, each under a handle of that client, until they are taken, too old, or too many.
 
@@ -126,6 +130,16 @@ class Graphs:
             self._kept.setdefault(client, OrderedDict())[handle] = (time.monotonic(), graph)
         return handle
 
+    def check(self, client: str, handle: int) -> None:
+        """Whether the graph is here, for a call that is to wait before it takes it.
+
+        Raises:
+            GraphGone: it is not here.
+        """
+        with self._lock:
+            if handle not in self._kept.get(client, ()):
+                raise _gone(handle)
+
     def take(self, client: str, handle: int) -> Graph:
         """The graph, which is not kept any more: autograd frees it as it goes back.
 
@@ -138,7 +152,7 @@ class Graphs:
             if not own:
                 self._kept.pop(client, None)
         if entry is None:
-            raise GraphGone(f"no graph is kept under handle {handle} for this client: send the inputs")
+            raise _gone(handle)
         return entry[1]
 
     def release(self, client: str, handles: Sequence[int]) -> None:

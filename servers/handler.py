@@ -27,6 +27,7 @@ from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import (
     COMPILES,
     KEEPS_GRAPHS,
+    MAX_HANDLE,
     STORES_TENSORS,
     SUMS_GRADIENTS,
     CallKind,
@@ -108,6 +109,11 @@ class CallHandler:
         return own if self.deliver is None else (*own, PASSES_ON, COPIES)
 
     @property
+    def held_bytes(self) -> int:
+        """Of graphs and sums that wait for a client."""
+        return self.graphs.held_bytes + self.sums.held_bytes
+
+    @property
     def graphs(self) -> Graphs:
         """What forwards have left behind for their backwards."""
         return self._span.graphs
@@ -177,6 +183,8 @@ class CallHandler:
         """Get everything that the call needs, run it, pass on what is to be passed on."""
         shared = await self._shared(peer, message)
         if relay.receive is not None:
+            if message.kind == CallKind.KEPT_BACKWARD:  # before those above have gone back for nothing
+                self.graphs.check(peer, integer(message.fields.get("handle"), "a handle", 1, MAX_HANDLE))
             remaining_ms = integer(message.fields.get("remaining_ms"), "remaining_ms", 1, 1 << 32)
             began = time.monotonic()
             try:

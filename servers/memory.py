@@ -115,6 +115,10 @@ class Busyness(Protocol):
     calls: int
     in_flight: int
 
+    @property
+    def held_bytes(self) -> int:
+        """What it keeps between calls."""
+
 
 async def trim_when_idle(work: Busyness, idle_s: float = IDLE_S) -> NoReturn:
     """Give the system back what malloc keeps for the next call, once there has been none for a while.
@@ -122,13 +126,14 @@ async def trim_when_idle(work: Busyness, idle_s: float = IDLE_S) -> NoReturn:
     Taking it anew makes the first step after that slower, so it stays while calls come.
     """
     trim = trimming()
-    before, trimmed = work.calls, False
+    before, trimmed = (work.calls, work.held_bytes), None
     while True:
         await asyncio.sleep(idle_s)
-        idle = work.calls == before and not work.in_flight
-        if trim is not None and idle and not trimmed:
+        now = (work.calls, work.held_bytes)
+        if trim is not None and now == before and now != trimmed and not work.in_flight:
             await asyncio.to_thread(trim)
-        before, trimmed = work.calls, idle
+            trimmed = now
+        before = now
 
 
 def trimming() -> Callable[[], object] | None:

@@ -34,10 +34,12 @@ class Staged(threading.local):
     Attributes:
         captures: stop at the body.
         output_BTH: what the body is taken to have returned.
+        random: of the generators, when it was.
     """
 
     captures = False
     output_BTH: Tensor | None = None
+    random: Sequence[Tensor] = ()
 
 
 def attached_to(model: nn.Module) -> tuple[object, ...]:

@@ -70,6 +70,7 @@ class Purpose:
         way: forward or backward.
         replay: its result is not counted.
         allowance: how many times as long as usual it may take.
+        copies: of a chain, for each server, whether what it hands on comes here, too, where a backward of the next may need it.
     """
 
     page: Page
@@ -78,6 +79,12 @@ class Purpose:
     way: Way
     replay: bool = False
     allowance: float = 1.0
+    copies: Sequence[bool] = ()
+
+    @property
+    def kind(self) -> str:
+        """Calls that take about the same time: copies have to be fetched, too."""
+        return "forward with copies" if any(self.copies) else self.way
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ class Caller:
         return result
 
     async def pass_through(
-        self, hops: Sequence[Hop], calls: Sequence[SpanCall], purpose: Purpose, kept: Sequence[KeptGraph | None], copies: bool = False
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], purpose: Purpose, kept: Sequence[KeptGraph | None]
     ) -> list[SpanResult]:
         """The same on several servers, each of which hands its hidden states, or their gradient, to the next; only the last returns them.
 
@@ -133,7 +140,6 @@ class Caller:
             calls: one for each; all hold the first one's tensor, for its shape.
             purpose: what this is for.
             kept: for each, the graph that its backward goes through.
-            copies: what is handed to a server whose backward would need it comes here, too.
 
         Raises:
             PeerFault: one of them failed in a way that another server may not.
@@ -143,14 +149,14 @@ class Caller:
             self.totals(hop.peer)  # from here on it has a label
             self._notice_move(hop)
         whole = BlockSpan(min(hop.span.start for hop in hops), max(hop.span.stop for hop in hops))
-        usual_s = self._times.limit_s(purpose.way, whole, tokens)
+        usual_s = self._times.limit_s(purpose.kind, whole, tokens)
         limit_s = None if usual_s is None else min(self._call_timeout_s, usual_s * purpose.allowance)
         numbers = [purpose.page.ask(purpose.micro, purpose.way, hop.span, hop.peer, self._call_timeout_s, purpose.replay) for hop in hops]
         try:
             for hop in hops:
                 self._check_same(hop)
             generations = [self._transport.generation(hop.peer) for hop in hops]
-            answers = await self._answers(hops, calls, kept, limit_s, copies)
+            answers = await self._answers(hops, calls, kept, limit_s, purpose.copies)
             for hop, generation in zip(hops, generations, strict=True):
                 self._check_same(hop, generation)  # a handle means nothing to another process
         except BaseException as error:
@@ -159,12 +165,12 @@ class Caller:
         seconds = now() - began
         for number, hop in zip(numbers, hops, strict=True):
             purpose.page.accept(number, purpose.micro, hop.span, purpose.replay)
-        self._times.add(purpose.way, whole, tokens, seconds)
+        self._times.add(purpose.kind, whole, tokens, seconds)
         shares = _shares([result.times for result, _ in answers])
         for hop, (result, answer), share, graph in zip(hops, answers, shares, kept, strict=True):
             self.totals(hop.peer).add(seconds * share, result.times, answer)
             if len(hops) > 1:
-                self._times.add(purpose.way, hop.span, tokens, seconds * share)
+                self._times.add(purpose.kind, hop.span, tokens, seconds * share)
             self._directory.succeeded(hop, seconds * share, tokens)
             self.counters.compiled += result.compiled
             if graph is None:
@@ -172,7 +178,7 @@ class Caller:
         return [result for result, _ in answers]
 
     async def _answers(
-        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None, copies: bool
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None, copies: Sequence[bool]
     ) -> list[tuple[SpanResult, Incoming]]:
         """Ask all at once; the first that fails ends the others."""
         tokens = [new_token() for _ in hops[1:]]
@@ -182,7 +188,7 @@ class Caller:
             hop, call, last = hops[index], calls[index], index == len(hops) - 1
             moving = call.hidden_BTH if call.grad_BTH is None else call.grad_BTH
             receive = Receive(tokens[index - 1], hops[index - 1].peer, moving.nbytes) if index else None
-            copy = copies and not last and calls[index + 1].keep and self._directory.has(hop.peer, COPIES)
+            copy = any(copies[index : index + 1]) and not last and calls[index + 1].keep and self._directory.has(hop.peer, COPIES)
             send = None if last else Send(hops[index + 1].peer, tokens[index], copy)
             message = with_relay(self._message(hop, call, kept[index]), Relay(receive, send))
             message = self._with_codec(hop, message, call)
@@ -227,7 +233,7 @@ class Caller:
             self._uploads.missed(hop.peer)
         if isinstance(error, PeerSlow):
             self._times.add(
-                purpose.way, BlockSpan(min(each.span.start for each in hops), max(each.span.stop for each in hops)), purpose.tokens, seconds
+                purpose.kind, BlockSpan(min(each.span.start for each in hops), max(each.span.stop for each in hops)), purpose.tokens, seconds
             )
             self._directory.slow(hop, seconds, purpose.tokens)
 

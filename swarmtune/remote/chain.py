@@ -50,6 +50,8 @@ WAIT_S = 0.25
 """How often a call that finds nobody looks again."""
 TELL_EVERY_S = 5.0
 """How often it says so."""
+REMEMBERED = 3
+"""So many passes after a server has lost a graph, what goes in and out of it is copied."""
 MAX_CHAINS = 16
 """Chains under way at once: each has a call open at each of its servers, and a connection must have room for deliveries beside them."""
 SEEN_S = 0.5
@@ -140,8 +142,8 @@ class Chain:
         self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs, settings.compile)
         self.counters, self.events = self.caller.counters, self.caller.events
         # Tickets of an earlier process with the same identity must not come again: a server may still hold gradients under them.
-        self._forgetful = set[str]()
-        """Servers that have lately lost a graph, or kept none."""
+        self._turn, self._lost = 0, dict[str, int]()
+        """The number of the pass, and that of the last one in which a server has lost a graph, or kept none."""
         self._passes, self._chains = secrets.randbits(48), asyncio.Semaphore(MAX_CHAINS)
         self._waits, self._told_at = 0, -math.inf
 
@@ -185,8 +187,12 @@ class Chain:
             found.ran(batch.index, own)
         works = [self._work(batch, page, "backward") for batch in micro]
         walks = [self._backward_legs(work, own, grad, input_grad, found) for work, own, grad in zip(works, legs, grads, strict=True)]
-        inputs = await self._all(micro, page, ["backward"], walks)
-        await self._complete(micro, page, ["backward"], found)
+        try:
+            inputs = await self._all(micro, page, ["backward"], walks)
+            await self._complete(micro, page, ["backward"], found)
+        except BaseException:
+            self.caller.release(graph for own in legs for leg in own for graph in leg.graphs())
+            raise
         page.end("backward", lowest)
         return inputs, found
 
@@ -248,6 +254,7 @@ class Chain:
 
     def _gradients(self, micro: Sequence[Batch]) -> PassGradients:
         self._passes += self.settings.lanes
+        self._turn += 1
         return PassGradients(micro[0].plans, len(micro), self._passes, self.settings.lanes)
 
     async def _complete(self, micro: Sequence[Batch], page: Page, ways: Sequence[Way], found: PassGradients) -> None:
@@ -356,20 +363,27 @@ class Chain:
             calls = [work.forward_call(hop.span, hidden_BTH, self._directory.model) for hop in hops]
             try:
                 async with self._chains if len(hops) > 1 else contextlib.nullcontext():
-                    results = await self.caller.pass_through(hops, calls, work.purpose, [None] * len(hops), self._wants_copies(hops))
+                    purpose = replace(work.purpose, copies=self._copies(hops))
+                    results = await self.caller.pass_through(hops, calls, purpose, [None] * len(hops))
             except PeerFault as fault:
                 self._after(fault, work.patience)
                 work = replace(work, chaining=False)
                 continue
-            self._forgetful |= {hop.peer for hop, call, result in zip(hops, calls, results, strict=True) if call.keep and not result.handle}
+            self._lost.update(
+                {hop.peer: self._turn for hop, call, result in zip(hops, calls, results, strict=True) if call.keep and not result.handle}
+            )
             legs += self._legs(hops, hidden_BTH, results)
             position, work = hops[-1].span.stop, replace(work, patience=self._patience())
             hidden_BTH = _present(results[-1].hidden_BTH)
         return legs, hidden_BTH
 
-    def _wants_copies(self, hops: Sequence[Hop]) -> bool:
+    def _copies(self, hops: Sequence[Hop]) -> list[bool]:
+        """Of which hops the output is wanted here, too: of those before and after a server that may need its input again."""
         copies = self.settings.copies
-        return copies is Copies.ALL or (copies is Copies.AUTO and any(hop.peer in self._forgetful for hop in hops))
+        if copies is not Copies.AUTO:
+            return [copies is Copies.ALL] * len(hops)
+        forgetful = [self._turn - self._lost.get(hop.peer, -REMEMBERED) < REMEMBERED for hop in hops]
+        return [own or after for own, after in zip(forgetful, [*forgetful[1:], False], strict=True)]
 
     def _legs(self, hops: Sequence[Hop], hidden_BTH: Tensor, results: Sequence[SpanResult]) -> list[Leg]:
         """What has run, and what of it was kept: one leg for each piece of which it is known here what entered it."""
@@ -399,22 +413,52 @@ class Chain:
             return input_grad or (block > 0 and work.batch.trains(BlockSpan(0, block)))
 
         for chain in reversed(_chains(legs)):
-            todo = [_together(chain)]
+            todo = self._runs(chain)
             while todo:
-                leg = todo.pop()
+                run = todo.pop()
+                leg = _together(run)
                 if not below(leg.span.stop):
                     return None
                 work, deeper = replace(work, patience=self._patience()), below(leg.span.start)
-                if leg.parts and (back := await self._backward_chain(work, leg, _present(grad), deeper, found)) is not None:
-                    grad = back.hidden_BTH
-                elif len(chain) > 1 and leg.span.stop == chain[-1].span.stop and leg.span.start == chain[0].span.start:
-                    todo = list(chain)
+                try:
+                    back = await self._backward_chain(work, leg, _present(grad), deeper, found) if leg.parts else None
+                except PeerFault as fault:
+                    self._after(fault, work.patience)
+                    # The last server had the gradient at once, so its graph is used up; those before it waited.
+                    self.caller.release(run[-1].graphs())
+                    run[-1], back = replace(run[-1], kept=None, parts=()), None
+                    again = self._runs(run)
                 else:
-                    grad = await self._backward_leg(work, leg, _present(grad), deeper, found)
+                    again = [[each] for each in run]
+                if back is not None:
+                    grad = back.hidden_BTH
+                elif len(run) > 1:
+                    todo += again
+                else:
+                    self.caller.release(part.kept for part in leg.parts)  # nobody goes back through several as one
+                    grad = await self._backward_leg(work, run[0], _present(grad), deeper, found)
         return grad
 
+    def _runs(self, chain: Sequence[Leg]) -> list[list[Leg]]:
+        """The legs of one chain, in pieces that can go back as one: those whose graph is lost, or may be, stand alone."""
+        found: list[list[Leg]] = []
+        for leg in chain:
+            if found and self._sound(leg) and self._sound(found[-1][-1]):
+                found[-1].append(leg)
+            else:
+                found.append([leg])
+        return found
+
+    def _sound(self, leg: Leg) -> bool:
+        parts = leg.all_parts()
+        return sum(len(part.span) for part in parts) == len(leg.span) and not any(self._lost.get(part.kept.peer) == self._turn for part in parts)
+
     async def _backward_chain(self, work: _Work, leg: Leg, grad_BTH: Tensor, input_grad: bool, found: PassGradients) -> SpanResult | None:
-        """Back through the graphs that the servers of ``leg`` have kept, from one to the next; ``None`` where that cannot be done any more."""
+        """Back through the graphs that the servers of ``leg`` have kept, from one to the next; ``None`` where that cannot be done any more.
+
+        Raises:
+            PeerFault: one of them failed; nothing of it counts.
+        """
         needed, position = [], leg.span.stop
         for part in reversed(leg.parts):
             if part.span.stop == position and (input_grad or work.batch.trains(BlockSpan(leg.span.start, part.span.stop))):
@@ -432,14 +476,9 @@ class Chain:
             call = work.batch.call(part.span, leg.hidden_BTH, model, grad_BTH, deeper)
             sums = self._directory.has(part.kept.peer, SUMS_GRADIENTS)
             calls.append(replace(call, sum=found.wanted(work.batch.index, part.span) if sums else None))
-        try:
-            async with self._chains:
-                results = await self.caller.pass_through(route, calls, work.purpose, [part.kept for part in needed])
-        except PeerFault as fault:
-            self._after(fault, work.patience)
-            return None
+        async with self._chains:
+            results = await self.caller.pass_through(route, calls, work.purpose, [part.kept for part in needed])
         for part, result in zip(needed, results, strict=True):
-            self._forgetful.discard(part.kept.peer)
             found.collect(work.batch, leg, grad_BTH, result, part.span)
         return results[-1]
 
@@ -447,7 +486,9 @@ class Chain:
         kept = leg.kept
         while True:
             holder = self._directory.holder(kept.peer, leg.span) if kept is not None and self.caller.is_open(kept) else None
-            kept = kept if holder is not None else None
+            if kept is not None and holder is None:
+                self.caller.release([kept])
+                kept = None
             route = [holder] if holder is not None else await self._route(leg.span, work.batch.tokens, work.patience, work.lane)
             if len(route) > 1:
                 return await self._backward_pieces(work, leg, route[-1].span, grad_BTH, input_grad, found)
@@ -458,7 +499,9 @@ class Chain:
                 result = await self.caller.call(route[0], call, work.purpose, kept)
             except PeerFault as fault:
                 self._after(fault, work.patience)
-                kept = kept if isinstance(fault, PeerBusy) else None
+                if kept is not None and not isinstance(fault, PeerBusy):
+                    self.caller.release([kept])
+                    kept = None
                 continue
             found.collect(work.batch, leg, grad_BTH, result)
             return result.hidden_BTH
@@ -522,7 +565,8 @@ class Chain:
             self._directory.busy(fault.peer, fault.retry_s)
             over = patience.wait_for(fault.retry_s, fault)
         elif isinstance(fault, GraphLost | TensorsLost):
-            self._forgetful |= {fault.peer} if isinstance(fault, GraphLost) else set()
+            if isinstance(fault, GraphLost):
+                self._lost[fault.peer] = self._turn
             over = patience.count(fault)  # it gets next what it lacks
         elif isinstance(fault, PeerDraining | PeerCutOff):
             if isinstance(fault, PeerDraining):

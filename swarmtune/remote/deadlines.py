@@ -6,7 +6,6 @@ import statistics
 from collections import deque
 
 from swarmtune.errors import BlocksUnserved, PeerFault
-from swarmtune.remote.ledger import Way
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan
 
@@ -25,15 +24,15 @@ class CallTimes:
     """What calls of each span and direction took lately, network and queue included, whichever server did them."""
 
     def __init__(self) -> None:
-        self._lately: dict[tuple[Way, BlockSpan], deque[tuple[int, float]]] = {}
-        self._limits: dict[tuple[Way, BlockSpan, int], float] = {}
+        self._lately: dict[tuple[str, BlockSpan], deque[tuple[int, float]]] = {}
+        self._limits: dict[tuple[str, BlockSpan, int], float] = {}
 
-    def add(self, way: Way, span: BlockSpan, tokens: int, seconds: float) -> None:
+    def add(self, way: str, span: BlockSpan, tokens: int, seconds: float) -> None:
         """Remember a call that was done, or the time after which one was given up."""
         self._lately.setdefault((way, span), deque(maxlen=KEPT_CALLS)).append((tokens, seconds))
         self._limits.clear()
 
-    def limit_s(self, way: Way, span: BlockSpan, tokens: int) -> float | None:
+    def limit_s(self, way: str, span: BlockSpan, tokens: int) -> float | None:
         """Twice the median and two deviations above it, and a slack; ``None`` while too few calls are known.
 
         The deviation is 1.4826 times the median absolute deviation, which one outlier does not move. Times of smaller calls are scaled up.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from swarmtune.errors import UsageError
 from swarmtune.probe import as_output
 from swarmtune.remote.body import RemoteBody
+from swarmtune.remote.randomness import random_state
 from swarmtune.skeleton import LayerSite
 from swarmtune.types import Kwarg
 
@@ -44,6 +45,7 @@ class RemoteLayers(nn.Module):
         """Run the remote body with the mask and positions that the model was called with, not with what the library derived from them."""
         body, adapter = self._parts
         if body.staged.output_BTH is not None:
+            body.staged.random = random_state(body.staged.output_BTH.device)
             return as_output(body.staged.output_BTH, self._output_items)
         mask, positions, prefix = getattr(self.given, "arguments", (None, None, ()))
         if adapter is None:

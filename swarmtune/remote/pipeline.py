@@ -22,6 +22,7 @@ from swarmtune.remote.batch import Batch, micro_batches
 from swarmtune.remote.body import BodyReached, RemoteBody, attached_to
 from swarmtune.remote.function import as_gradients, travelling
 from swarmtune.remote.gradients import PassGradients
+from swarmtune.remote.randomness import random_state, set_random_state
 from swarmtune.types import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -66,30 +67,28 @@ class Pipelined:
         if self._body is None or not tokens or not self._several(*batch["input_ids"].shape) or any(len(each) != rows for each in batch.values()):
             return None
         device = batch["input_ids"].device
-        before = _random_state(device)
+        before = random_state(device)
         reached = self._to_the_body(batch)
-        at_the_body = _random_state(device)
         micro = reached.call.cut(reached.hidden_BTH, reached.tensors)
         step = _Step(self._model, self._body, reached, micro, batch, tokens, scale)
         loss = None
         if len(micro) > 1 and sum(len(each.hidden_BTH) for each in micro) == rows and step.learning:
             looks = self._batches & (self._batches + 1) == 0  # at the first batch, the second, the fourth, the eighth...
             loss = step.run(keep_outputs=looks)
-            drew = not all(map(torch.equal, at_the_body, _random_state(device)))
-            self._fits = self._is_the_same(loss, step, drew, looks)
+            self._fits = self._is_the_same(loss, step, looks)
         if loss is None or not self._fits:
-            _set_random_state(device, before)
+            set_random_state(device, before)
             return None
         self._batches += 1
         return loss
 
-    def _is_the_same(self, loss: Tensor | None, step: _Step, drew: bool, looks: bool) -> bool:
+    def _is_the_same(self, loss: Tensor | None, step: _Step, looks: bool) -> bool:
         """Whether this model's batches can be computed in parts, as far as this one tells.
 
         Raises:
             UsageError: the loss is not the sum of its parts, and was before.
         """
-        if drew:
+        if step.drew:
             logger.warning("this model draws random numbers behind its body, as dropout in its head does: micro-batches go on without 1F1B")
             return False
         if loss is None:
@@ -145,6 +144,8 @@ class _Step:
         self._outputs: list[Future[Tensor]] = [Future() for _ in micro]
         self._grads: list[Future[Tensor]] = [Future() for _ in micro]
         self._seen: list[Tensor] = []
+        self.drew = False
+        """Whether random numbers were drawn behind the body."""
 
     @property
     def learning(self) -> bool:
@@ -183,7 +184,7 @@ class _Step:
     def loss_of_all(self) -> float:
         """The same outputs as one batch."""
         with torch.no_grad():
-            return float(self._staged(torch.cat(self._seen), slice(None)).loss)  # the model's own mean
+            return float(self._staged(torch.cat(self._seen).to(self._hidden_BTH.device), slice(None)).loss)  # the model's own mean
 
     async def _tail(self, index: int, output_BTH: Tensor) -> Tensor:
         """On the loop: hand an output to the thread that trains, and wait for the gradient."""
@@ -200,12 +201,16 @@ class _Step:
         return loss.detach(), torch.zeros_like(leaf_BTH) if grad_BTH is None else grad_BTH, behind
 
     def _staged(self, output_BTH: Tensor, rows: slice, **more: Any) -> Any:
-        """The model from the body on."""
-        self._body.staged.output_BTH = output_BTH
+        """The model from the body on. What is before it runs, too, for nothing, so whatever it draws is put back."""
+        staged, device = self._body.staged, output_BTH.device
+        before, staged.output_BTH = random_state(device), output_BTH
         try:
-            return self._model(**{name: tensor[rows] for name, tensor in self._batch.items()}, **more)
+            output = self._model(**{name: tensor[rows] for name, tensor in self._batch.items()}, **more)
+            self.drew |= not all(map(torch.equal, staged.random, random_state(device)))
+            return output
         finally:
-            self._body.staged.output_BTH = None
+            staged.output_BTH = None
+            set_random_state(device, before)
 
     def _wait(self, running: Future[Any], output: Future[Tensor]) -> Tensor | None:
         """The output, as soon as it is there; ``None`` where all has ended before."""
@@ -245,17 +250,6 @@ class _Handed(torch.autograd.Function):
             return (None, None, None, *ctx.grads)
         factor = grad / ctx.scale
         return (None, None, None, *(None if each is None else each * factor.to(each.dtype) for each in ctx.grads))
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """Of the generators from which layers on a device draw."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state, device)
 
 
 def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:

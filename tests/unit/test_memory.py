@@ -81,6 +81,7 @@ class Work:
 
     calls: int = 0
     in_flight: int = 0
+    held_bytes: int = 0
 
 
 def resident() -> int:
@@ -121,3 +122,13 @@ def test_it_is_done_once_after_the_last_call_and_never_beside_one(monkeypatch: p
     assert len(trims) == 1
     asyncio.run(both(Work()))
     assert len(trims) == 1
+
+    async def a_client_goes(work: Work) -> None:
+        await asyncio.sleep(0.3)
+        work.held_bytes = 0
+
+    async def with_graphs(work: Work) -> None:
+        await asyncio.gather(some_time(work), a_client_goes(work))
+
+    asyncio.run(with_graphs(Work(held_bytes=100)))
+    assert len(trims) == 3
