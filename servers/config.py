@@ -93,7 +93,7 @@ class ServeConfig:
             if len(label) > MAX_LABEL or not label.isprintable():
                 raise ValueError(f"{key} must be at most {MAX_LABEL} printable characters")
         if self.activation_gib is not None and not 0 <= self.activation_gib < 1e6:
-            raise ValueError(f"activation_gib must be at least 0, got {self.activation_gib}")
+            raise ValueError(f"activation_gib must be at least 0 and below a million, got {self.activation_gib}")
         if not 0 < self.activation_ttl_s < 1e6:
             raise ValueError(f"activation_ttl_s must be above 0 and below a million, got {self.activation_ttl_s}")
         if not 0 < self.log_every_s < 1e6:

@@ -84,7 +84,7 @@ class Expires(Protocol):
 async def expire_forever(*stores: Expires) -> NoReturn:
     """Let go what is too old, also while nobody calls."""
     while True:
-        await asyncio.sleep(min(10.0, *(store.ttl_s / 4 for store in stores)))
+        await asyncio.sleep(max(0.1, min(10.0, *(store.ttl_s / 4 for store in stores))))
         for store in stores:
             store.expire()
 

@@ -92,7 +92,7 @@ class Span:
         self.dtype, self.device = dtype, device
         self.programs = Programs(self.config, site, weights, dtype, device)
         self.sums = Sums()
-        self.graphs = graphs or Graphs(GRAPH_BYTES, GRAPH_TTL_S)
+        self.graphs = Graphs(GRAPH_BYTES, GRAPH_TTL_S) if graphs is None else graphs  # an empty one is false
         self.block_forwards = 0
         self.compiler: Compiler | None = None
 

@@ -405,10 +405,12 @@ def connect(
     for name, value in {"micro_batch_tokens": micro_batch_tokens, "max_in_flight": max_in_flight}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name} must be a positive integer, got {value!r}")
+    if not isinstance(chaining, bool):
+        raise UsageError(f"chaining must be True or False, got {chaining!r}")
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")
-    if not isinstance(in_flight_gib, int | float) or not 0 < in_flight_gib < 1e6:
+    if not isinstance(in_flight_gib, int | float) or isinstance(in_flight_gib, bool) or not 0 < in_flight_gib < 1e6:
         raise UsageError(f"in_flight_gib must be a number above 0 and below a million, got {in_flight_gib!r}")
     if compile not in ("none", "auto"):
         raise UsageError(f"compile must be none or auto, got {compile!r}")
@@ -417,7 +419,7 @@ def connect(
         max_in_flight,
         float(patience_s),
         float(call_timeout_s),
-        bool(chaining),
+        chaining,
         codecs,
         in_flight_bytes=int(in_flight_gib * (1 << 30)),
         pipeline=_choice("pipeline", Pipeline, pipeline),

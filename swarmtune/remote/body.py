@@ -43,8 +43,8 @@ class Staged(threading.local):
 
 
 def attached_to(model: nn.Module) -> tuple[object, ...]:
-    """What decides a model's loss besides its modules: its hooks, its forward, its loss."""
-    hooks = (*model._forward_hooks, *model._forward_pre_hooks)
+    """What decides a model's loss besides its modules: its hooks and theirs, its forward, its loss."""
+    hooks = tuple(key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks))
     return (hooks, model.forward, getattr(model, "_loss_function", None), type(model))
 
 

@@ -70,6 +70,7 @@ class Purpose:
         way: forward or backward.
         replay: its result is not counted.
         allowance: how many times as long as usual it may take.
+        lane: of the micro-batch.
         copies: of a chain, for each server, whether what it hands on comes here, too, where a backward of the next may need it.
     """
 
@@ -79,6 +80,7 @@ class Purpose:
     way: Way
     replay: bool = False
     allowance: float = 1.0
+    lane: int = 0
     copies: Sequence[bool] = ()
 
     @property
@@ -99,7 +101,7 @@ class Caller:
     """Asks servers, and keeps the books of it. Methods run on the loop thread.
 
     Attributes:
-        running: by first block, who was asked last.
+        running: by lane and first block, who was asked last.
         codecs: how hidden states and gradients travel.
     """
 
@@ -109,7 +111,7 @@ class Caller:
         self._transport, self._directory, self._call_timeout_s = transport, directory, call_timeout_s
         self.codecs = codecs or Codecs()
         self.counters, self.events = ChainCounters(), EventLog()
-        self.running: dict[int, Hop] = {}
+        self.running: dict[tuple[int, int], Hop] = {}
         self._compile, self._compiled = compile, set[tuple[str, BlockSpan]]()
         self._times = CallTimes()
         self._uploads = Uploads()
@@ -147,7 +149,7 @@ class Caller:
         began, tokens = now(), purpose.tokens
         for hop in hops:
             self.totals(hop.peer)  # from here on it has a label
-            self._notice_move(hop)
+            self._notice_move(hop, purpose.lane)
         whole = BlockSpan(min(hop.span.start for hop in hops), max(hop.span.stop for hop in hops))
         usual_s = self._times.limit_s(purpose.kind, whole, tokens)
         limit_s = None if usual_s is None else min(self._call_timeout_s, usual_s * purpose.allowance)
@@ -297,14 +299,14 @@ class Caller:
             self.totals(hop.peer).lost_s += lost_s
         self.events.add(kind, str(fault), server=server, span=hop.span, lost_s=lost_s, at=now())
 
-    def _notice_move(self, hop: Hop) -> None:
-        """Say when calls leave a server that could be asked, because another one is faster."""
-        before = self.running.get(hop.span.start)
+    def _notice_move(self, hop: Hop, lane: int) -> None:
+        """Say when calls of a lane leave a server that could be asked, because another one is faster."""
+        before = self.running.get((lane, hop.span.start))
         if before == hop:
             return
-        for start in [start for start, old in self.running.items() if old.span.overlap(hop.span)]:
-            del self.running[start]
-        self.running[hop.span.start] = hop
+        for key in [key for key, old in self.running.items() if key[0] == lane and old.span.overlap(hop.span)]:
+            del self.running[key]
+        self.running[lane, hop.span.start] = hop
         if before is not None and (times := self._directory.times_slower(before.peer, hop.peer)) is not None:
             detail = f"blocks {hop.span} go to {self.label(hop.peer)} from now on: {self.label(before.peer)} takes {times:.1f} times as long"
             self.events.add(EventKind.MOVED, detail, server=self.label(before.peer), span=hop.span, at=now())

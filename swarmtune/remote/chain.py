@@ -122,7 +122,7 @@ class _Work:
     @property
     def purpose(self) -> Purpose:
         """What its next call is for."""
-        return Purpose(self.page, self.batch.index, self.batch.tokens, self.way, self.replay, self.patience.allowance)
+        return Purpose(self.page, self.batch.index, self.batch.tokens, self.way, self.replay, self.patience.allowance, self.lane)
 
     def forward_call(self, span: BlockSpan, hidden_BTH: Tensor, model: str) -> SpanCall:
         """The forward of ``span``, which says what its backward will need."""
@@ -269,7 +269,7 @@ class Chain:
 
     def status(self) -> SwarmStatus:
         """What goes on now, for people; from any thread."""
-        hops = sorted(list(self.caller.running.values()), key=lambda hop: hop.span)
+        hops = sorted(set(self.caller.running.copy().values()), key=lambda hop: hop.span)
         return SwarmStatus(
             route=tuple((self.caller.label(hop.peer), hop.span) for hop in hops),
             slow=tuple(sorted(self.caller.label(peer) for peer in self._directory.slow_peers())),

@@ -39,6 +39,8 @@ HALF_LIFE_CALLS = 50
 """A server that is not asked may have become faster, so what was measured of it fades: by half in a minute, or in the time of fifty such calls."""
 SLOW_TIMES = 3.0
 """A server that takes so many times as long as the quickest for the same blocks is called slow."""
+MUCH = 1.25
+"""Two servers of which one takes so many times as long as the other are not as fast as each other."""
 FIRST_APART_S, APART_S = 2.0, 60.0
 """After so long, two servers that could not reach each other are tried again; doubled each time in a row."""
 MAX_SILENT = 32
@@ -318,7 +320,7 @@ class Directory:
         if slow is None or fast is None or slow.faults or not slow.usable() or not fast.token_block_s:
             return None
         times = slow.pace_s() / fast.token_block_s
-        return times if times > 1 else None
+        return times if times >= MUCH else None
 
     def slow_peers(self) -> list[str]:
         """Servers that take much longer than another one of the same blocks; from any thread."""

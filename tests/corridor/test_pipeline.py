@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig
+from peft import AdaLoraConfig, LoraConfig, PromptEncoderConfig, PromptTuningConfig
 from torch import Tensor
 
 import swarmtune
@@ -198,6 +198,25 @@ def test_dropout_behind_the_body_is_left_to_the_model_and_told(bloom: Path, capl
         assert Pipelined(model.eval())(batch()) is not None
 
 
+def test_what_draws_before_the_body_does_not_count(bloom: Path) -> None:
+    """The library's model is run whole for each micro-batch, so its prompt encoder draws again, for nothing."""
+    encoder = PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8, encoder_num_layers=2,
+        encoder_dropout=0.5,
+    )  # fmt: skip
+    with loopback(bloom, micro_batch_tokens=13) as swarm:
+        model = remote(bloom, swarm, encoder).train()
+        torch.manual_seed(4)
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        expected = {name: parameter.grad.clone() for name, parameter in model.adapter.named_parameters() if parameter.grad is not None}
+        after = torch.rand(3)
+        torch.manual_seed(4)
+        found = pipelined(model, batch())[1]
+        assert torch.equal(after, torch.rand(3))
+        assert worst_difference(expected, found) < 1e-5
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -248,6 +267,11 @@ def test_what_is_added_to_a_loss_is_not_counted_for_each_micro_batch(bloom: Path
         assert Pipelined(model)(batch()) is not None
         model.register_forward_hook(lambda module, args, output: output)
         assert Pipelined(model)(batch()) is None
+        inner = prepared(bloom, swarm)
+        run = Pipelined(inner)
+        assert run(batch()) is not None
+        inner.lm_head.register_forward_hook(lambda module, args, output: output - output.mean(0, keepdim=True))
+        assert run(batch()) is None
         other = prepared(bloom, swarm)
         other.loss_function = lambda *args, **kwargs: torch.zeros(())
         assert Pipelined(other)(batch()) is None
@@ -280,6 +304,7 @@ def test_a_failure_while_the_head_computes_is_the_error_that_is_raised(bloom: Pa
     with loopback(bloom, micro_batch_tokens=10, patience_s=0.2, faults=Faults(before={call})) as swarm:
         model = prepared(bloom, swarm)
         model.lm_head.register_forward_hook(lambda *_: time.sleep(0.3))
+        model.body.attached = attached_to(model)  # as if the library had made it so
         with pytest.raises(SwarmError):
             Pipelined(model)(batch())
 

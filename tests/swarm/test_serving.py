@@ -20,7 +20,8 @@ import torch
 
 import swarmtune
 from swarmtune.errors import SwarmError
-from tests.harness import batch, remote
+from swarmtune.remote.events import EventKind
+from tests.harness import batch, lora, remote, same_bits, set_values
 
 pytestmark = pytest.mark.swarm
 
@@ -137,6 +138,29 @@ def test_the_printed_addresses_join_and_stay_the_same_with_an_identity(bloom: Pa
         forward(bloom, tcp)
         assert server.end() == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "log"]
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [(["activation_gib=0"], {EventKind.BUSY: 0}), (["activation_ttl_s=1"], {EventKind.RECOMPUTED: 1})],
+    ids=["no room", "a short time"],
+)
+def test_graphs_are_kept_as_the_keys_say(bloom: Path, tmp_path: Path, words: list[str], again: dict[EventKind, int]) -> None:
+    found = []
+    for own, expected in (([], {EventKind.RECOMPUTED: 0}), (words, again)):
+        with serve(tmp_path / "log", f"model={bloom}", "blocks=0:4", "dtype=float32", "listen=127.0.0.1", *own) as server:
+            with swarmtune.connect([server.ready()[5].split()[0]]) as swarm:
+                model = remote(bloom, swarm, lora("bloom"))
+                set_values([dict(model.adapter.named_parameters())])
+                loss = model(**batch()).loss
+                time.sleep(2.5)
+                loss.backward()
+                found.append({name: parameter.grad.clone() for name, parameter in model.adapter.named_parameters()})
+                traffic = swarm.traffic()
+                assert {kind: traffic.events[kind].count for kind in expected} == expected
+                assert sum(each.block_forwards for each in traffic.servers) == (8 if own else 4)
+            assert server.end(signal.SIGINT) == 0
+    assert same_bits(*found)
 
 
 def test_all_addresses_of_the_machine_are_announced_or_the_one_that_is_asked_for(bloom: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from servers.executor import Executor
 from servers.gradients import Graph, gradients
 from servers.graphs import Graphs, Tape, expire_forever
 from servers.mailbox import Mailbox
+from servers.span import Span
 from servers.stored import StoredTensors
 from servers.sums import MAX_PASSES, NoRoom, Sums
 from swarmtune.types import BlockSpan
 from swarmtune.wire.messages import GradientSum
 from swarmtune.wire.relay import Delivery, Receive, new_token
+from tests.harness import make_handler
 
 SPAN = BlockSpan(0, 2)
 
@@ -144,3 +147,10 @@ def test_a_float16_gradient_is_tried_unscaled_before_it_is_given_up() -> None:
     output = (weight * large[0]).view(1, 1, 1) * large[1]  # on the way back, whatever is scaled up overflows
     found = gradients(Graph(output, None, [(0, 0, weight)], {0: (BlockSpan(0, 1), torch.float32, True)}), torch.tensor([[[1e-7]]]), False)
     assert found.kwarg_grads[0].item() == pytest.approx(1e-7 * 2**27, rel=0.3)
+
+
+def test_what_a_server_is_to_keep_is_what_it_keeps(bloom: Path) -> None:
+    """An empty store is false, which must not make it the usual one."""
+    made = make_handler(bloom, "0:2")._span
+    graphs = Graphs(0, 1.5)
+    assert Span(made.config, made.site, made.span, made.weights, made.dtype, made.device, graphs).graphs is graphs
