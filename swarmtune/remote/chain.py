@@ -424,12 +424,10 @@ class Chain:
                     back = await self._backward_chain(work, leg, _present(grad), deeper, found) if leg.parts else None
                 except PeerFault as fault:
                     self._after(fault, work.patience)
-                    back, again = None, [[each] for each in run]
-                    if not isinstance(fault, PeerBusy) or fault.peer != leg.parts[-1].kept.peer:
-                        # The last server had the gradient at once, so its graph is used up; those before it waited.
-                        self.caller.release(run[-1].graphs())
-                        run[-1] = replace(run[-1], kept=None, parts=())
-                        again = self._runs(run)
+                    # The last server had the gradient at once, so its graph is used up; those before it waited.
+                    self.caller.release(run[-1].graphs())
+                    run[-1], back = replace(run[-1], kept=None, parts=()), None
+                    again = self._runs(run)
                 else:
                     again = [[each] for each in run]
                 if back is not None:

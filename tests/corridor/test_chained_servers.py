@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import swarmtune
-from servers.executor import Busy
 from servers.handler import CallHandler
 from swarmtune.errors import WireError
 from swarmtune.remote.chain import REMEMBERED
@@ -19,7 +18,6 @@ from swarmtune.swarm import Swarm
 from swarmtune.transport.base import TransportError
 from swarmtune.types import Copies
 from swarmtune.wire.codec import Message
-from swarmtune.wire.kept import KeptCall
 from swarmtune.wire.messages import CallKind
 from swarmtune.wire.relay import COPIES, PASSES_ON, take_relay
 from tests.harness import Faults, batch, local_peft, loopback, lora, remote, same_bits, save_tiny, set_values, step, trainable
@@ -244,23 +242,6 @@ def test_a_graph_that_is_lost_in_a_chain_costs_its_own_server_and_the_last(bloom
         assert sum(len(handler.graphs) for handler in handlers(swarm)) <= 1
         step(model, batch())
         assert sum(len(handler.graphs) for handler in handlers(swarm)) == 0, "what was left was given back"
-
-
-def test_a_last_server_that_is_busy_keeps_its_graph(bloom: Path, quiet: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    with loopback(bloom, SPANS[4], copies=Copies.ALL) as swarm:
-        model = prepared(bloom, swarm)
-        last = handlers(swarm)[3]
-        execute, times = last._execute, itertools.count()
-
-        async def busy_once(peer: str, call: Any) -> Any:
-            if isinstance(call, KeptCall) and next(times) == 0:
-                raise Busy("one call is enough", 0.05)
-            return await execute(peer, call)
-
-        monkeypatch.setattr(last, "_execute", busy_once)
-        assert same_bits(quiet, step(model, batch())[2])
-        assert forwards(swarm) == 4
-        assert next(times) == 2
 
 
 def test_a_server_with_room_for_some_graphs_is_copied_for_all_along(bloom: Path) -> None:
