@@ -97,7 +97,7 @@ def test_a_step_with_dropout_is_bitwise_the_quiet_one_when_a_server_is_killed_be
         model.zero_grad()
         loss = model(**batch()).loss
         running = dict(next(iter(swarm._models.values())).chain.caller.running)
-        used = next(server for server in three.servers if server.peer_id == running[0].peer)  # the one that has run it, not one that would now
+        used = next(server for server in three.servers if server.peer_id == running[0, 0].peer)  # the one that has run it, not one that would now
         before = swarm.traffic().calls
         used.kill()
         loss.backward()
