@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -121,6 +121,25 @@ class Leg:
     def graphs(self) -> list[KeptGraph]:
         """All that has been left behind."""
         return [part.kept for part in self.all_parts()]
+
+
+def chains(legs: Sequence[Leg]) -> list[list[Leg]]:
+    """Legs that ran in one chain stand together."""
+    found: list[list[Leg]] = []
+    for leg in legs:
+        if leg.follows:
+            found[-1].append(leg)
+        else:
+            found.append([leg])
+    return found
+
+
+def together(legs: Sequence[Leg]) -> Leg:
+    """The legs of one chain as if nothing were known of what went between them."""
+    if len(legs) == 1:
+        return legs[0]
+    span = BlockSpan(legs[0].span.start, legs[-1].span.stop)
+    return Leg(span, legs[0].hidden_BTH, parts=tuple(part for leg in legs for part in leg.all_parts()))
 
 
 def micro_batches(batch: int, sequence: int, tokens: int) -> list[tuple[int, int]]:

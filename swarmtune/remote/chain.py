@@ -29,7 +29,7 @@ from swarmtune.errors import (
     TensorsLost,
     WireError,
 )
-from swarmtune.remote.batch import Batch, KeptGraph, Leg, Part
+from swarmtune.remote.batch import Batch, KeptGraph, Leg, Part, chains, together
 from swarmtune.remote.caller import RECHECK_S, Caller, Codecs, Purpose
 from swarmtune.remote.deadlines import Patience
 from swarmtune.remote.events import EventKind, SwarmStatus, Waiting
@@ -412,11 +412,11 @@ class Chain:
         def below(block: int) -> bool:
             return input_grad or (block > 0 and work.batch.trains(BlockSpan(0, block)))
 
-        for chain in reversed(_chains(legs)):
+        for chain in reversed(chains(legs)):
             todo = self._runs(chain)
             while todo:
                 run = todo.pop()
-                leg = _together(run)
+                leg = together(run)
                 if not below(leg.span.stop):
                     return None
                 work, deeper = replace(work, patience=self._patience()), below(leg.span.start)
@@ -583,25 +583,6 @@ class Chain:
             raise SwarmError(f"no server did the work within {self.settings.patience_s:.0f} s of patience; last failure: {fault}") from fault
         expected = isinstance(fault, PeerBusy | PeerDraining | PeerCutOff | GraphLost | TensorsLost)
         logger.log(logging.INFO if expected else logging.WARNING, "%s; trying %s", fault, "again" if expected else "another server")
-
-
-def _chains(legs: Sequence[Leg]) -> list[list[Leg]]:
-    """Legs that ran in one chain stand together."""
-    found: list[list[Leg]] = []
-    for leg in legs:
-        if leg.follows:
-            found[-1].append(leg)
-        else:
-            found.append([leg])
-    return found
-
-
-def _together(legs: Sequence[Leg]) -> Leg:
-    """The legs of one chain as if nothing were known of what went between them."""
-    if len(legs) == 1:
-        return legs[0]
-    span = BlockSpan(legs[0].span.start, legs[-1].span.stop)
-    return Leg(span, legs[0].hidden_BTH, parts=tuple(part for leg in legs for part in leg.all_parts()))
 
 
 def _present(tensor: Tensor | None) -> Tensor:
