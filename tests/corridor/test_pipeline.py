@@ -18,6 +18,7 @@ import swarmtune
 from servers.handler import CallHandler
 from swarmtune.errors import NonFinite, SwarmError, UsageError
 from swarmtune.remote.body import attached_to
+from swarmtune.remote.events import EventKind
 from swarmtune.remote.ledger import History, Ledger
 from swarmtune.remote.pipeline import Pipelined
 from swarmtune.remote.route import Directory, Hop
@@ -371,6 +372,12 @@ def test_settings_are_checked() -> None:
         swarmtune.connect([peer], pipeline="zigzag")
     with pytest.raises(swarmtune.errors.UsageError, match="in_flight_gib must be a number above 0"):
         swarmtune.connect([peer], in_flight_gib=0)
+    with pytest.raises(swarmtune.errors.UsageError, match="in_flight_gib must be a number above 0"):
+        swarmtune.connect([peer], in_flight_gib=True)
+    with pytest.raises(swarmtune.errors.UsageError, match="chaining must be True or False, got 'false'"):
+        swarmtune.connect([peer], chaining="false")  # type: ignore[arg-type]
+    with pytest.raises(swarmtune.errors.UsageError, match="copies must be one of none, auto, all, got 'some'"):
+        swarmtune.connect([peer], copies="some")
 
 
 # --- lanes: replicas share the micro-batches ----------------------------------------------------------------------------------
@@ -405,6 +412,14 @@ def test_a_lane_whose_server_dies_goes_on_elsewhere_with_the_same_bits(bloom: Pa
     with loopback(bloom, REPLICAS, micro_batch_tokens=10, lanes=2, faults=Faults(**{phase: {call}})) as swarm:
         assert same_bits(quiet, pipelined(prepared(bloom, swarm), batch())[1])
         assert swarm.traffic().retries >= 1
+
+
+def test_lanes_that_take_turns_are_no_moves(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Directory, "times_slower", lambda *_: 2.0)
+    with loopback(bloom, REPLICAS, micro_batch_tokens=10, lanes=2) as swarm:
+        pipelined(prepared(bloom, swarm), batch(rows=6))
+        assert used(swarm) == 4
+        assert swarm.traffic().events[EventKind.MOVED].count == 0
 
 
 def test_a_lane_keeps_to_its_servers_through_a_pass(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
