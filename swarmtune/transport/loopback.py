@@ -84,5 +84,14 @@ class LoopbackTransport:
 
     async def _streams(self, caller: str, peer: str) -> tuple[Streams, Streams]:
         """Two ends of a new connection from ``caller`` to ``peer``: the caller's, and the peer's."""
-        ours, theirs = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
-        return ours, theirs
+        ends, made = socket.socketpair(), list[Streams]()
+        try:
+            for end in ends:
+                made.append(await asyncio.open_connection(sock=end))
+        except BaseException:  # a caller that goes away meanwhile leaves nothing open
+            for _, writer in made:
+                writer.close()
+            for end in ends[len(made) :]:
+                end.close()
+            raise
+        return made[0], made[1]
