@@ -213,7 +213,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     import swarmtune
     from servers.compiled import cannot_compile
     from servers.graphs import Graphs
-    from servers.memory import GIB, activation_budget, check_fits, estimate
+    from servers.memory import GIB, activation_budget, check_fits, estimate, keep_what_is_freed
     from servers.numeric import numeric_class, numeric_facts, pick_dtype
     from servers.span import Span
     from servers.weights import load_blocks
@@ -224,6 +224,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
+    keep_what_is_freed()
     model_config = load_config(config.model)
     site = check_identity(model_config)
     blocks = check_span(BlockSpan.parse(config.blocks), site.num_blocks)

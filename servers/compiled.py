@@ -179,7 +179,9 @@ class Compiler:
                 raise NotCompiled
             from torch._inductor.compile_fx import compile_fx
 
-            return compile_fx(graph, inputs)
+            from servers.products import Products, faster
+
+            return compile_fx(graph, inputs, config_patches={"post_grad_custom_post_pass": Products()} if faster() else None)
 
         return backend
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -17,7 +19,7 @@ def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, devi
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} mkldnn={torch.backends.mkldnn.is_available()}"
+        hardware = cpu_hardware()
     library = {} if quantisation == "none" else {"bitsandbytes": version("bitsandbytes")}
     return {
         "model": model,
@@ -38,6 +40,30 @@ def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, devi
 def numeric_class(facts: dict[str, str]) -> str:
     """Sixteen hexadecimal digits of the facts."""
     return hashlib.sha256(dump_json(facts)).hexdigest()[:16]
+
+
+def cpu_hardware() -> str:
+    """What libraries choose their code for this CPU by: instructions, and the make, because MKL takes other code on CPUs that are not Intel's."""
+    matrices = {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "mkldnn": torch.backends.mkldnn.is_available(),
+    }
+    return " ".join([platform.machine(), cpu_vendor(), torch.backends.cpu.get_cpu_capability(), *(name for name, there in matrices.items() if there)])
+
+
+@cache
+def cpu_vendor() -> str:
+    """The make of the CPU as Linux names it (``GenuineIntel``, ``AuthenticAMD``, an implementer's number on ARM); ``unknown`` elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("vendor_id", "CPU implementer"):
+            return value.strip() or "unknown"
+    return "unknown"
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -1,0 +1,133 @@
+"""oneDNN's products in compiled code: where they stand for torch's own, that they are the same function, and when they are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from servers import numeric, products
+from servers.numeric import cpu_vendor
+from servers.products import TOLERANCE, Products, faster
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+aten = torch.ops.aten
+OURS = torch.ops.swarmtune.product.default
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    faster.cache_clear()
+    yield
+    faster.cache_clear()
+
+
+def rewritten(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[torch.fx.GraphModule, list[object]]:
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    Products()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+def matrix(rows: int, columns: int, *, turned: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(rows * 1000 + columns)
+    return torch.randn(columns, rows, dtype=dtype).t() if turned else torch.randn(rows, columns, dtype=dtype)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found.double() - expected).norm() <= 2e-6 * expected.norm())
+
+
+sizes = st.integers(1, 70)
+
+
+@given(sizes, sizes, sizes, st.booleans(), st.booleans(), st.booleans())
+def test_a_product_is_the_same_function_for_all_shapes_and_strides(rows: int, inner: int, columns: int, x: bool, w: bool, biased: bool) -> None:
+    a, b, bias = matrix(rows, inner, turned=x), matrix(inner, columns, turned=w), torch.randn(columns)
+    inputs = (bias, a, b) if biased else (a, b)
+    function = aten.addmm.default if biased else aten.mm.default
+    module, targets = rewritten(function, *inputs)
+    assert OURS in targets
+    assert function not in targets
+    found, torch_s = module(*inputs), function(*inputs)
+    assert close(found, function(*(each.double() for each in inputs)))
+    assert (found.shape, found.stride(), found.dtype) == (torch_s.shape, torch_s.stride(), torch_s.dtype)
+
+
+def test_the_gradient_of_a_weight_takes_the_larger_factor_as_it_lies() -> None:
+    gradient, x = matrix(32, 3072), matrix(32, 8)
+    module, targets = rewritten(lambda g, x: aten.mm.default(aten.permute.default(g, [1, 0]), x), gradient, x)
+    assert targets.count(OURS) == 1
+    (node,) = [node for node in module.graph.nodes if node.target is OURS]
+    assert node.args[1].meta["val"].shape == gradient.shape
+    assert node.args[1].meta["val"].stride() == gradient.stride()
+    assert close(module(gradient, x), gradient.double().t() @ x.double())
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (aten.mm.default, (matrix(4, 5, dtype=torch.bfloat16), matrix(5, 6, dtype=torch.bfloat16))),
+        (aten.mm.default, (matrix(4, 5, dtype=torch.float64), matrix(5, 6, dtype=torch.float64))),
+        (aten.mm.default, (matrix(4, 5)[:0], matrix(5, 6))),
+        (aten.addmm.default, (matrix(4, 6), matrix(4, 5), matrix(5, 6))),
+        (lambda b, x, w: aten.addmm.default(b, x, w, beta=2), (torch.ones(6), matrix(4, 5), matrix(5, 6))),
+        (aten.bmm.default, (torch.ones(2, 4, 5), torch.ones(2, 5, 6))),
+    ],
+)
+def test_other_products_stay_with_torch(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    module, targets = rewritten(function, *inputs)
+    assert OURS not in targets
+    assert torch.equal(module(*inputs), function(*inputs))
+
+
+def test_an_empty_sum_is_zero_whoever_computes_it() -> None:
+    a, b = torch.ones(4, 0), torch.ones(0, 6)
+    module, targets = rewritten(aten.mm.default, a, b)
+    assert OURS not in targets
+    assert torch.equal(module(a, b), torch.zeros(4, 6))
+
+
+def test_intels_cpus_and_a_torch_without_it_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "cpu_vendor", lambda: "AuthenticAMD")
+    assert faster()
+    for name, value in (("cpu_vendor", lambda: "GenuineIntel"), ("_product", lambda *_: torch.zeros(64, 64)), ("_product", None)):
+        with monkeypatch.context() as patch:
+            faster.cache_clear()
+            patch.setattr(products, name, value)
+            assert not faster()
+    assert 0 < TOLERANCE < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "vendor"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t: fpu\n", "AuthenticAMD"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", "0x41"),
+        ("processor\t: 0\n", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_the_make_of_the_cpu(text: str, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_vendor.cache_clear()
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    try:
+        assert cpu_vendor() == vendor
+    finally:
+        cpu_vendor.cache_clear()
+
+
+def test_cpus_of_another_make_are_another_numeric_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL takes other code on them, and gives other last digits."""
+    found = []
+    for vendor in ("GenuineIntel", "AuthenticAMD"):
+        monkeypatch.setattr(numeric, "cpu_vendor", lambda vendor=vendor: vendor)
+        found.append(numeric.cpu_hardware())
+    assert found[0] != found[1]
