@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--hidden", type=_positive, default=1024, help="hidden size of the model, a multiple of 16")
     made.add_argument("--layers", type=_positive, default=8, help="blocks of the model")
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="of train: where local PEFT, client and servers compute")
     made.add_argument("--servers", type=_positive, default=None, help="servers, each with an equal share of the blocks (default: of the preset)")
     made.add_argument("--threads", type=_positive, default=os.cpu_count() or 1, help="of this process and of each server (default: all cores)")
     made.add_argument("--commit", default="HEAD~1", help="what against compares this code with")
@@ -101,6 +102,12 @@ def bench(options: argparse.Namespace) -> int:
         from tests.netlab import mechanism
 
         mechanism()
+    if options.device != "cpu":
+        if options.what != "train" or options.curves or options.preset != "loopback":
+            raise UsageError(f"--device {options.device} is for train on loopback, everything else is measured on the CPU")
+        from servers.__main__ import pick_device
+
+        options.device = pick_device(options.device).type
     remove_left_over()
     if (load := os.getloadavg()[0]) > BUSY:
         warning = f"other programs use this machine (load {load:.1f}): counts hold, speeds and ratios may not"

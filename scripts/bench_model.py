@@ -34,10 +34,10 @@ def lora() -> LoraConfig:
     return LoraConfig(r=RANK, target_modules=["query_key_value"], task_type="CAUSAL_LM")
 
 
-def local_peft(path: Path, dtype: str) -> nn.Module:
+def local_peft(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
     """The whole model here, with the adapter; after the same seed its first values are those of a remote one."""
     torch.manual_seed(1)
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)), lora())
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)), lora()).to(device)
 
 
 def token_ids(rows: int, sequence: int) -> Tensor:
@@ -67,23 +67,29 @@ class BodyClock:
         layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
         self.forward_s = self.backward_s = 0.0
         self._began = 0.0
+        self._device = next(layers.parameters()).device
         layers[0].register_forward_pre_hook(self._forward_begins)
         layers[-1].register_forward_hook(self._forward_ended)
 
     def _forward_begins(self, *_: object) -> None:
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     def _forward_ended(self, layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        self.forward_s += time.perf_counter() - self._began
+        self.forward_s += self._now() - self._began
         hidden = output[0] if isinstance(output, tuple) else output
         hidden.register_hook(self._backward_begins)
 
     def _backward_begins(self, grad: Tensor) -> None:
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     def backward_ended(self) -> None:
         """A backward is over."""
-        self.backward_s += time.perf_counter() - self._began
+        self.backward_s += self._now() - self._began
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def trainer(model: nn.Module, ids: Tensor, piece_rows: int | None = None, clock: BodyClock | None = None) -> Callable[[], float]:

@@ -89,7 +89,7 @@ def serving(model: Path, spans: Sequence[str], options: argparse.Namespace, dire
         with _in_lab(model, spans, options, directory, link) as place:
             yield place
         return
-    with swarmtune.LocalSwarm(model, spans, dtype=options.dtype, threads=options.threads) as local:
+    with swarmtune.LocalSwarm(model, spans, dtype=options.dtype, threads=options.threads, device=options.device) as local:
         yield Place(local.initial_peers, [server.pid for server in local.servers])
 
 
@@ -102,7 +102,7 @@ def _in_lab(model: Path, spans: Sequence[str], options: argparse.Namespace, dire
         addresses = [f"/ip4/{lab.address(host)}/tcp/{PORT}/p2p/{ensure_identity(keys[host]).peer_id}" for host in hosts]
         servers: list[subprocess.Popen[str]] = []
         for host, span in zip(hosts, spans, strict=True):
-            words = [f"model={model}", f"blocks={span}", f"dtype={options.dtype}", f"threads={options.threads}", "device=cpu"]
+            words = [f"model={model}", f"blocks={span}", f"dtype={options.dtype}", f"threads={options.threads}", f"device={options.device}"]
             words += [f"listen={lab.address(host)}", f"port={PORT}", f"identity={keys[host]}", f"initial_peers=[{','.join(addresses)}]"]
             log = stack.enter_context((directory / f"{host}.log").open("wb"))
             command = [sys.executable, "-P", "-m", "servers", *words]

@@ -57,8 +57,8 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         return bench_curves.measure(options, directory, preset)
     spans = spans_of(options.layers, options.servers)
     path = reference_model(options.hidden, options.layers, directory / "model")
-    local = local_peft(path, options.dtype)
-    clock, ids = BodyClock(local), token_ids(options.rows, options.sequence)
+    local = local_peft(path, options.dtype, options.device)
+    clock, ids = BodyClock(local), token_ids(options.rows, options.sequence).to(options.device)
     with (
         thread_budget(options),
         serving(path, spans, options, directory, preset.link) as place,
@@ -71,10 +71,10 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         ) as swarm,
     ):
         torch.manual_seed(1)
-        remote = swarmtune.load_causal_lm(path, swarm, adapter=lora())
+        remote = swarmtune.load_causal_lm(path, swarm, adapter=lora(), device=options.device)
         sides = {LOCAL: trainer(local, ids, clock=clock), SWARM: trainer(remote, ids)}
         if options.compile == "auto":
-            sides[COMPILED] = trainer(compiled(local_peft(path, options.dtype)), ids)
+            sides[COMPILED] = trainer(compiled(local_peft(path, options.dtype, options.device)), ids)
         for run in sides.values():
             run()
         if options.compile == "auto":
@@ -91,6 +91,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
         rows.append({"figure": "the emulated network's own share of the cores", "value": f"{turns.router_s / turns.wall_s:.2f} of a core"})
     says = [preset.says, f"{options.servers} servers with {options.threads} threads", f"micro-batches of {options.micro_batch_tokens} tokens"]
     says += [f"codec {options.codec}"] if options.codec != "none" else []
+    says += [torch.cuda.get_device_name()] if options.device == "cuda" else []
     says += ["compiled blocks on the servers"] if options.compile == "auto" else []
     name = "_".join(
         [
@@ -98,6 +99,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
             options.preset,
             *([] if options.dtype == "float32" else [options.dtype]),
             *(["compiled"] if options.compile == "auto" else []),
+            *([] if options.device == "cpu" else [options.device]),
         ]
     )
     return Report("train", name, setting(options, *says), rows, panels(options, turns, counts, body_s))

@@ -126,8 +126,9 @@ class Busyness(Protocol):
 def keep_what_is_freed() -> None:
     """Have glibc's malloc take tensors of any size from one heap, and keep what is freed for the next call.
 
-    As it comes, it maps tensors above 32 MiB anew each time and gives the ends of heaps back while calls run, so the kernel clears the same pages again
-    and again: 5 % of a step, more with tensors above 32 MiB. ``trim_when_idle`` gives back. Other allocators, tcmalloc among them, take no notice.
+    As it comes, it maps tensors above 32 MiB anew each time and gives the ends of heaps back while calls run, so the kernel clears the same pages
+    again and again: 5 % of a step, more with tensors above 32 MiB. ``trim_when_idle`` gives back. Other allocators, tcmalloc among them, take no
+    notice.
     """
     with suppress(AttributeError, OSError, TypeError):
         for name, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, (1 << 31) - 1)):

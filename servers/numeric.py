@@ -16,10 +16,7 @@ from swarmtune.wire.frames import dump_json
 
 def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, device: torch.device, quantisation: str = "none") -> dict[str, str]:
     """What decides the bits of a result, for people to compare."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = cpu_hardware()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_hardware()
     library = {} if quantisation == "none" else {"bitsandbytes": version("bitsandbytes")}
     return {
         "model": model,

@@ -1,7 +1,7 @@
 """Matrix products of compiled code in float32 on a CPU that is not Intel's: by oneDNN, not by MKL.
 
-torch hands them to MKL, which takes its AVX512 code on Intel's CPUs only. On an EPYC with AVX512, oneDNN needs less than half of the time (docs/benchmarks.md).
-It reads the same weights, so nothing is held twice.
+torch hands them to MKL, which takes its AVX512 code on Intel's CPUs only. On an EPYC with AVX512, oneDNN needs less than half of the time
+(docs/benchmarks.md). It reads the same weights, so nothing is held twice.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_train_counts_what_a_step_is_made_of(bench: Bench) -> None:
         preset = "wan"
     except NetLabError:
         preset = "loopback"
-    found = bench("train", "--micro-batch-tokens", "8", "--preset", preset)
+    found = bench("train", "--micro-batch-tokens", "8", "--preset", preset, *(["--device", "auto"] if preset == "loopback" else []))
     assert ("the emulated network's own share of the cores" in found) == (preset == "wan")
     assert found["loss of the last step, relative difference"] == "0"
     assert found["micro-batches per step"] == 2
@@ -119,6 +119,8 @@ def test_picture_and_table_are_kept_and_the_former_picture_leaves(bench: Bench, 
     [
         (("train", "--hidden", "70"), "--hidden must be a multiple of 16, the heads of the model, got 70"),
         (("memory", "--preset", "wan"), "--preset wan is for train and call, memory runs on loopback"),
+        (("train", "--preset", "wan4", "--device", "auto"), "--device auto is for train on loopback, everything else is measured on the CPU"),
+        (("memory", "--device", "cuda"), "--device cuda is for train on loopback, everything else is measured on the CPU"),
         (("train", "--layers", "2", "--servers", "3", "--hidden", "16"), "3 servers cannot share 2 blocks: ask for at most 2 servers"),
         (("train", "--preset", "wan"), "a lab needs root, to make network namespaces: run this as root"),
     ],
