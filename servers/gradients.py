@@ -49,7 +49,7 @@ def gradients(graph: Graph, grad_BTH: Tensor, input_grad: bool) -> SpanResult:
     if graph.output_BTH.requires_grad:
         grads = _grads(graph.output_BTH, wanted, grad_BTH.to(graph.output_BTH.device))
     filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
-    by_input = filled.pop().to("cpu", grad_BTH.dtype) if input_grad else None
+    by_input = to_host(filled.pop(), grad_BTH.dtype) if input_grad else None
     return SpanResult(by_input, _by_kwarg(graph, filled))
 
 
@@ -78,10 +78,17 @@ def _by_kwarg(graph: Graph, grads: list[Tensor]) -> dict[int, Tensor]:
     """Stack the per-block gradients of each kwarg, ascending, in the type in which it came; an argument's counts as the first block's."""
     grouped: dict[int, dict[int, Tensor]] = {}
     for (index, block, _), grad in zip(graph.leaves, grads, strict=True):
-        grouped.setdefault(index, {})[block] = grad.to("cpu", graph.kwargs[index][1])
+        grouped.setdefault(index, {})[block] = grad.to(graph.kwargs[index][1])
     stacked = {}
     for index, parts in grouped.items():
         blocks = graph.kwargs[index][0]
         zero = torch.zeros_like(next(iter(parts.values())))
-        stacked[index] = torch.stack([parts.get(block, zero) for block in range(blocks.start, blocks.stop)])
+        stacked[index] = to_host(torch.stack([parts.get(block, zero) for block in range(blocks.start, blocks.stop)]), zero.dtype)
     return stacked
+
+
+def to_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result on its way to the network, in the type in which it travels; from a GPU into pinned memory, which it writes several times as fast."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", dtype)
+    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor.to(dtype))

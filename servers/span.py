@@ -19,7 +19,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from servers.compiled import Compiler, NotCompiled
 from servers.dropout import DropoutPlan, active
-from servers.gradients import Graph, gradients
+from servers.gradients import Graph, gradients, to_host
 from servers.graphs import GraphGone, Graphs, Tape
 from servers.program import Program, Programs
 from servers.sums import NoRoom, Sums
@@ -135,7 +135,7 @@ class Span:
             for tensor in (output_BTH, hidden_BTH, *(leaf for _, _, leaf in bound.leaves)):
                 tape.count(tensor)
             handle = self.graphs.keep(client, _graph(call, bound, hidden_BTH, output_BTH, tape.held_bytes))
-        return SpanResult(output_BTH.detach().to("cpu", call.hidden_BTH.dtype), handle=handle)
+        return SpanResult(to_host(output_BTH.detach(), call.hidden_BTH.dtype), handle=handle)
 
     def backward(self, call: SpanCall, client: str = "") -> SpanResult:
         """Run the called blocks again with a graph, and return the gradients that the call asks for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from servers.__main__ import pick_device
 from servers.executor import Executor
 from servers.handler import CallHandler
 from servers.span import Span
@@ -32,8 +30,6 @@ from swarmtune.wire.frames import Encoded, Incoming, parse_json
 from swarmtune.wire.messages import ServerInfo
 
 VOCABULARY = 96
-DEVICE = pick_device(os.environ.get("SWARMTUNE_TEST_DEVICE", "cpu"))
-"""Where servers, clients and local models of these tests compute; ``auto`` is a GPU where there is one."""
 TARGETS = {"bloom": ["query_key_value", "dense_h_to_4h"], "llama": ["q_proj", "v_proj", "down_proj"]}
 
 
@@ -61,13 +57,8 @@ def lora(family: str, **settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS[family], "task_type": "CAUSAL_LM", **settings})
 
 
-def local_model(path: Path | str, **options: Any) -> Any:
-    """The whole model as the library loads it."""
-    return AutoModelForCausalLM.from_pretrained(path, **options).to(DEVICE)
-
-
 def local_peft(path: Path, config: PeftConfig, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=dtype), copy.deepcopy(config)).eval().to(DEVICE)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=dtype), copy.deepcopy(config)).eval()
 
 
 def trainable(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -86,7 +77,7 @@ def set_values(adapters: Sequence[Mapping[str, Tensor]], seed: int = 5) -> None:
 
 def batch(rows: int = 4, tokens: int = 10, padding: str | None = None, seed: int = 3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, VOCABULARY, (rows, tokens), generator=generator).to(DEVICE)
+    ids = torch.randint(4, VOCABULARY, (rows, tokens), generator=generator)
     found = {"input_ids": ids, "labels": ids.clone()}
     if padding is not None:
         mask = torch.ones_like(ids)
@@ -97,6 +88,10 @@ def batch(rows: int = 4, tokens: int = 10, padding: str | None = None, seed: int
         found["attention_mask"] = mask
         found["labels"][mask == 0] = -100
     return found
+
+
+def on_device(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @dataclass
@@ -144,13 +139,13 @@ def make_handler(
     path: Path, blocks: str, dtype: torch.dtype = torch.float32, executor: Executor | None = None, quantise: str = "none"
 ) -> CallHandler:
     config = load_config(str(path))
-    site, span = check_identity(config), BlockSpan.parse(blocks)
-    weights = load_blocks(str(path), config, site, span, dtype, DEVICE, quantise=quantise)
+    site, span, device = check_identity(config), BlockSpan.parse(blocks), torch.device("cpu")
+    weights = load_blocks(str(path), config, site, span, dtype, device, quantise=quantise)
     name = str(dtype).removeprefix("torch.")
     numeric = {"quantisation": quantise}
     numeric_class = f"class-{name}" if quantise == "none" else f"class-{name}-{quantise}"
     info = ServerInfo(config_digest(config), site.num_blocks, span, weights.digests, name, numeric_class, numeric, "test", f"server of {blocks}")
-    return CallHandler(info, Span(config, site, span, weights, dtype, DEVICE), executor or Executor().start())
+    return CallHandler(info, Span(config, site, span, weights, dtype, device), executor or Executor().start())
 
 
 @contextmanager
@@ -180,7 +175,7 @@ def loopback(
 
 
 def remote(path: Path, swarm: Swarm, adapter: PeftConfig | str | None = None, **options: Any) -> PreTrainedModel:
-    return load_causal_lm(str(path), swarm, adapter=copy.deepcopy(adapter), **{"device": DEVICE, **options}).eval()
+    return load_causal_lm(str(path), swarm, adapter=copy.deepcopy(adapter), **options).eval()
 
 
 def step(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -349,6 +349,7 @@ class Simulator:
             handler = make_handler(path, span, executor=_never())
             held.setdefault(span, handler._span)
             self._parts.append((f"peer{number}", handler._info, held[span]))
+        self._one_graph_bytes = self._largest_graph()
         self.quiet = self.run([])
         self.expected = {False: self.quiet.grads[0], True: self.run([], pipelined=True).grads[0]}
         self.points = self.quiet.points
@@ -363,6 +364,7 @@ class Simulator:
         pipelined: bool = False,
         copies: bool = False,
         poor: bool = False,
+        tight: bool = False,
         restart_s: float | None = RESTART_S,
         slow: Mapping[str, float] | None = None,
         prepare: Callable[[World, Chain], None] | None = None,
@@ -377,6 +379,7 @@ class Simulator:
             pipelined: train as the ``LightningModule`` does, 1F1B.
             copies: the client gets what servers hand on to each other, too.
             poor: servers have no room for graphs.
+            tight: servers have room for one, so the graphs of other micro-batches are evicted.
             restart_s: when a killed server is back; ``None`` for never.
             slow: how many times as long as the others a server takes from then on, by name.
             prepare: called before the armed steps.
@@ -386,7 +389,7 @@ class Simulator:
         handlers = {name: CallHandler(info, span, executors[name]) for name, info, span in self._parts}  # type: ignore[arg-type]
         for handler in handlers.values():
             handler.clock = loop.loop.time
-            handler.graphs.budget_bytes = 0 if poor else GRAPH_BYTES
+            handler.graphs.budget_bytes = 0 if poor else self._one_graph_bytes if tight else GRAPH_BYTES
         world, lines = World(handlers, faults, restart_s), Lines(loop.loop.time)
         try:
             directory = Directory(world, HandlerDiscovery(world), self._digest, self._blocks)
@@ -421,6 +424,22 @@ class Simulator:
         lines.close()
         outcome.verdict = judge_lines(lines.lines)
         return outcome
+
+    def _largest_graph(self) -> int:
+        """Bytes of the largest graph that a micro-batch leaves on a server."""
+        sizes: list[int] = []
+        stores = [span.graphs for _, _, span in self._parts]
+        for store in stores:
+
+            def keep(client: str, graph: Graph, store: Graphs = store) -> int:
+                sizes.append(graph.held_bytes)
+                return Graphs.keep(store, client, graph)
+
+            store.keep = keep  # type: ignore[method-assign]
+        self.run([], steps=1)
+        for store in stores:
+            vars(store).pop("keep", None)
+        return max(sizes)
 
     def _all_then_all(self) -> dict[str, Tensor]:
         return step(self._model, batch())[2]
@@ -465,7 +484,7 @@ class Simulator:
         points = source.sample(range(self.points + self.points // 2), source.randint(1, 4))
         kinds = sorted(PHASES) + ["kill"] * (len(PHASES) - 1)  # every second one
         faults = [Fault(point, kind := source.choice(kinds), source.choice(PHASES[kind])) for point in sorted(points)]
-        chances = {"warm": 0.5, "cold": 0.25, "pipelined": 0.5, "copies": 0.25, "poor": 0.25}
+        chances = {"warm": 0.5, "cold": 0.25, "pipelined": 0.5, "copies": 0.25, "poor": 0.25, "tight": 0.25}
         return faults, {name: source.random() < chance for name, chance in chances.items()}
 
 

@@ -51,7 +51,7 @@ def storms(simulator: Simulator, seed: int) -> Iterator[tuple[list[Fault], dict[
 
 def every_pair(simulator: Simulator) -> Iterator[tuple[list[Fault], dict[str, Any]]]:
     """Each fault at each point of a step, alone, over connections that are open, and over new ones; then with each fault at each later point."""
-    for how in ({}, {"warm": True}, {"cold": True}, {"pipelined": True}, {"copies": True}, {"poor": True}):
+    for how in ({}, {"warm": True}, {"cold": True}, {"pipelined": True}, {"copies": True}, {"poor": True}, {"tight": True}):
         for fault in simulator.every_fault(**how):
             yield [fault], {"steps": 1, **how}
     for pipelined in (False, True):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from swarmtune.adapters.tuners import PROMPT_LEARNING, REFUSED, TUNERS, check_supported
 from swarmtune.errors import AdapterUnsupported, KwargError
 from tests.adapter_cases import CASES, FAMILIES, Case
-from tests.harness import DEVICE, batch, local_model, loopback, remote, same_bits, step, trainable
+from tests.harness import batch, loopback, remote, same_bits, step, trainable
 
 PAIRS = [(name, family) for name, case in CASES.items() for family in case.families]
 pytestmark = [
@@ -32,7 +32,7 @@ def local(path: Path, config: PeftConfig, seed: int = 7) -> PeftModel:
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises on merging, ties and missing compilers
-        model = get_peft_model(base, copy.deepcopy(config)).eval().to(DEVICE)
+        model = get_peft_model(base, copy.deepcopy(config)).eval()
     return aligned(model)
 
 
@@ -130,7 +130,7 @@ def test_exported_adapters_load_into_peft_and_back(models: dict[str, Path], tmp_
         model.adapter.save_pretrained(tmp_path / "here")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = PeftModel.from_pretrained(local_model(models[family]), tmp_path / "here").eval()
+            loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[family]), tmp_path / "here").eval()
         whole = inputs(case)
         unlabelled = {key: value for key, value in whole.items() if key != "labels"}  # AdaLoRA cannot take them when PEFT loads it for inference
         assert near(aligned(loaded)(**unlabelled).logits, model(**unlabelled).logits, case.logits), "what is exported is the same adapter to PEFT"
@@ -203,7 +203,7 @@ def test_adalora_trains_as_peft_trains_it_and_moves_the_same_ranks(models: dict[
         found = again(**whole).logits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of its own rank pattern
-        loaded = PeftModel.from_pretrained(local_model(models[family]), tmp_path / "ours").eval()
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[family]), tmp_path / "ours").eval()
     assert torch.equal(aligned(loaded)(**whole).logits, found)
 
 

@@ -20,7 +20,7 @@ from servers.handler import CallHandler
 from swarmtune.errors import AdapterUnsupported, ModelUnsupported
 from swarmtune.skeleton import check_identity, find_layers
 from tests.architectures import ARCHITECTURES, LAYERS, REFUSED, TOKENS, Architecture
-from tests.harness import batch, local_model, loopback, make_handler, remote, set_values, trainable
+from tests.harness import batch, loopback, make_handler, remote, set_values, trainable
 
 ROWS, PAD = 4, 3
 SPANS = {"one": [f"0:{LAYERS}"], "three": ["0:1", "1:2", f"2:{LAYERS}"]}
@@ -94,7 +94,7 @@ def inputs(architecture: Architecture, padding: str | None) -> dict[str, Tensor]
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
 def test_logits_loss_and_every_gradient_equal_local(architecture: Architecture, tmp_path: Path) -> None:
     save(architecture, tmp_path)
-    plain = local_model(tmp_path, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     config = lora_on_all(plain, architecture)
     local = get_peft_model(plain, copy.deepcopy(config)).eval()
     set_values([trainable(local)])
@@ -142,7 +142,7 @@ def test_constants_of_the_library_are_rounded_to_the_served_type_and_not_to_the_
     architecture = next(each for each in ARCHITECTURES if each.name == "gemma")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(architecture.config()).to(torch.bfloat16).save_pretrained(tmp_path)
-    local = local_model(tmp_path, dtype=torch.float32).eval()
+    local = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with loopback(tmp_path, SPANS["three"]) as swarm:
         assert torch.equal(remote(tmp_path, swarm)(**batch()).logits, local(**batch(), use_cache=False).logits)
 

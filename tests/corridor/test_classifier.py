@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from swarmtune import DeepPromptConfig, HeadConfig, StandInConfig, load_causal_lm, load_sequence_classifier, load_token_classifier
 from swarmtune.errors import UsageError
-from tests.harness import DEVICE, TARGETS, VOCABULARY, loopback, lora, same_bits, set_values, step, trainable, worst_difference
+from tests.harness import TARGETS, VOCABULARY, loopback, lora, same_bits, set_values, step, trainable, worst_difference
 
 FAMILIES = ("bloom", "llama", "gpt2")
 TARGETS_OF = {**TARGETS, "gpt2": ["c_attn"]}
@@ -57,7 +57,7 @@ def aligned(model: Any) -> Any:
 
 def library(path: Path, task: str, seed: int = 7, **options: Any) -> Any:
     torch.manual_seed(seed)
-    model = LIBRARY[task].from_pretrained(path, num_labels=LABELS, **options).to(DEVICE)
+    model = LIBRARY[task].from_pretrained(path, num_labels=LABELS, **options)
     return aligned(model).eval().requires_grad_(False)
 
 

@@ -20,7 +20,7 @@ from swarmtune.adapters.tuners import TUNERS
 from swarmtune.errors import AdapterUnsupported
 from swarmtune.model import load_causal_lm
 from tests.corridor.test_adapters import CASES, Case, near
-from tests.harness import DEVICE, Faults, batch, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
+from tests.harness import Faults, batch, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")]
 P = 0.3
@@ -52,7 +52,7 @@ def seeded_local(path: Path, config: PeftConfig, family: str) -> tuple[Any, list
     torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(path), copy.deepcopy(config)).eval().to(DEVICE)
+        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(path), copy.deepcopy(config)).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     layers = model.base_model.model.get_submodule(LAYERS[family])

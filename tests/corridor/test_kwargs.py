@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from swarmtune import Kwarg
 from swarmtune.errors import KwargError
-from tests.harness import local_model, loopback, make_handler, remote
+from tests.harness import loopback, make_handler, remote
 
 ROWS, TOKENS, HIDDEN, BLOCKS = 4, 6, 48, 4
 
 
 def local_blocks(path: Path, hidden_BTH: Tensor, mask_BT: Tensor | None = None, prompts: dict[int, Tensor] | None = None) -> Tensor:
     """The library's model with neutral ends, a prompt added at the input of some blocks."""
-    model = local_model(path, dtype=hidden_BTH.dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=hidden_BTH.dtype).eval().requires_grad_(False)
     model.transformer.word_embeddings_layernorm = model.transformer.ln_f = torch.nn.Identity()
     for block, prompt in (prompts or {}).items():
 
@@ -76,7 +77,7 @@ def test_param_kwarg_stands_in_for_a_norm_of_one_block(bloom: Path) -> None:
     with loopback(bloom) as swarm:
         found = remote(bloom, swarm).body(hidden().detach(), kwargs=[Kwarg("param.input_layernorm.weight", mine, blocks=3)])
         found.square().sum().backward()
-    model = local_model(bloom).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(bloom).eval().requires_grad_(False)
     model.transformer.word_embeddings_layernorm = model.transformer.ln_f = torch.nn.Identity()
     theirs = torch.nn.Parameter(weight.clone())
     model.transformer.h[3].input_layernorm.weight = theirs
@@ -153,7 +154,7 @@ def test_positions_and_packed_sequences_reach_a_model_that_takes_them(models: di
     """Without a cache, as here, the library reads positions that start again as sequences packed into one row."""
     ids = torch.arange(4, 16).view(2, 6)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
-    local = local_model(models["llama"]).eval()
+    local = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     with loopback(models["llama"]) as swarm:
         model = remote(models["llama"], swarm)
         assert torch.equal(local(input_ids=ids, position_ids=positions, use_cache=False).logits, model(input_ids=ids, position_ids=positions).logits)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from swarmtune import DeepPromptConfig, HeadConfig, StandInConfig
@@ -26,7 +27,7 @@ from swarmtune.errors import AdapterUnsupported, KwargError, UsageError
 from swarmtune.skeleton import load_config
 from swarmtune.types import Kwarg
 from tests.corridor.test_adapters import CASES, inputs
-from tests.harness import batch, local_model, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
+from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
 FAMILIES = ("bloom", "llama", "gpt2")
 LAYERS = {"bloom": "transformer.h", "llama": "model.layers", "gpt2": "transformer.h"}
@@ -37,7 +38,7 @@ PROJECTION = {"bloom": "mlp.dense_h_to_4h.weight", "llama": "mlp.down_proj.weigh
 
 def plain(path: Path, **options: Any) -> Any:
     """The library's model, frozen, in memory of its own: some kernels give other last bits over a checkpoint's unaligned one."""
-    model = local_model(path, **options).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(path, **options).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BioGptConfig
 
 from swarmtune.errors import UsageError
-from tests.harness import batch, local_model, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
+from tests.harness import batch, local_peft, loopback, lora, remote, same_bits, set_values, step, trainable, worst_difference
 
 FAMILIES = ("bloom", "llama")
 SPANS = {"one": ["0:4"], "two": ["0:2", "2:4"], "three": ["0:1", "1:3", "3:4"], "overlapping": ["0:3", "2:4"]}
@@ -77,7 +77,7 @@ def test_adapter_settings_mean_what_they_mean_to_peft(bloom: Path, config: objec
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_remote_model_holds_no_body_parameters_and_only_the_adapter_learns(models: dict[str, Path], family: str) -> None:
-    whole = local_model(models[family])
+    whole = AutoModelForCausalLM.from_pretrained(models[family])
     blocks = {
         id(parameter) for layer in whole.get_submodule("transformer.h" if family == "bloom" else "model.layers") for parameter in layer.parameters()
     }
@@ -103,7 +103,7 @@ def test_exported_adapter_gives_the_same_logits_in_a_local_peft_model_and_loads_
         model = remote(bloom, swarm, lora("bloom"))
         set_values([dict(model.adapter.named_parameters())])
         model.adapter.save_pretrained(tmp_path / "adapter")
-        local = PeftModel.from_pretrained(local_model(bloom), tmp_path / "adapter").eval()
+        local = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bloom), tmp_path / "adapter").eval()
         assert torch.equal(local(**batch()).logits, model(**batch()).logits)
         again = remote(bloom, swarm, str(tmp_path / "adapter"))
         assert same_bits(dict(model.adapter.named_parameters()), dict(again.adapter.named_parameters()))

@@ -21,8 +21,8 @@ from swarmtune.wire.messages import Fault as FaultMessage
 from swarmtune.wire.messages import FaultCode, SpanResult
 from tests.simulation import COMPUTE_S, PHASES, STALL_S, Fault, Simulator, World
 
-HOWS: list[dict[str, bool]] = [{}, {"warm": True}, {"cold": True}, {"pipelined": True}, {"copies": True}, {"poor": True}]
-STRIDES = (2, 8, 6, 3, 5, 8)
+HOWS: list[dict[str, bool]] = [{}, {"warm": True}, {"cold": True}, {"pipelined": True}, {"copies": True}, {"poor": True}, {"tight": True}]
+STRIDES = (2, 8, 6, 3, 5, 8, 8)
 PAIRS = 50
 SEEDS = 40
 
@@ -47,6 +47,19 @@ def test_the_quiet_step_is_quiet(simulator: Simulator) -> None:
     assert (simulator.quiet.retries, simulator.quiet.verdict.failed, simulator.quiet.events) == (0, 0, [])
     assert {sender.split()[1] for sender in simulator.quiet.senders} >= {"client", "server"}
     assert any(sender.split()[1].startswith("peer") for sender in simulator.quiet.senders), "servers hand on to each other"
+
+
+def test_servers_with_room_for_one_graph_run_again_what_they_have_evicted(simulator: Simulator) -> None:
+    spans = {span.span: span for _, _, span in simulator._parts}.values()
+
+    def block_forwards(**how: bool) -> int:
+        before = sum(span.block_forwards for span in spans)
+        assert simulator.wrong(simulator.run([], **how)) == ""
+        return sum(span.block_forwards for span in spans) - before
+
+    evicted = sum(span.graphs.evicted for span in spans)
+    assert block_forwards() < block_forwards(tight=True) < block_forwards(poor=True)
+    assert sum(span.graphs.evicted for span in spans) > evicted
 
 
 @pytest.mark.parametrize("how", HOWS, ids=str)

@@ -21,7 +21,6 @@ from swarmtune.wire.frames import CHUNK_BYTES, MAX_PAYLOAD
 from tests.harness import (
     Faults,
     batch,
-    local_model,
     local_peft,
     loopback,
     lora,
@@ -61,7 +60,7 @@ def local_body(
     path: Path, hidden: Tensor, prompts: Mapping[int, Tensor] | None = None, params: Mapping[tuple[int, str], Tensor] | None = None
 ) -> Tensor:
     """The blocks of a BLOOM between neutral ends, with prompts before some and tensors in the place of some parameters."""
-    model = aligned(local_model(path, dtype=hidden.dtype).eval().requires_grad_(False))
+    model = aligned(AutoModelForCausalLM.from_pretrained(path, dtype=hidden.dtype).eval().requires_grad_(False))
     body = model.transformer
     body.word_embeddings_layernorm = body.ln_f = torch.nn.Identity()
     for block, prompt in (prompts or {}).items():
@@ -319,7 +318,7 @@ def test_experts_that_no_token_reached_get_zeros_and_the_others_the_local_gradie
     torch.manual_seed(0)
     common = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
     AutoModelForCausalLM.from_config(MIXTURES[family](common)).save_pretrained(tmp_path, save_original_format=False)
-    local: Any = aligned(local_model(tmp_path).eval().requires_grad_(False))
+    local: Any = aligned(AutoModelForCausalLM.from_pretrained(tmp_path).eval().requires_grad_(False))
     inputs = batch(rows=1, tokens=3)
     with loopback(tmp_path, ["0:1", "1:2"]) as swarm:
         model = remote(tmp_path, swarm, [StandInConfig(["mlp.experts.*"]), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")])

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 import swarmtune
+from servers.__main__ import pick_device
 from tests.adapter_cases import CASES
 from tests.corridor.test_adapters import inputs, local, near, perturb
-from tests.harness import batch, lora, remote, same_bits, step, trainable
+from tests.harness import batch, lora, on_device, remote, same_bits, step, trainable
 
 pytestmark = [
     pytest.mark.swarm,
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),  # PEFT's BOFT, on every machine without a compiler
 ]
+DEVICE = pick_device("auto")
+"""Where the servers compute that are not told."""
 SAMPLE = (
     "lora",
     "dora",
@@ -52,11 +55,11 @@ def servers(models: dict[str, Path], three: swarmtune.LocalSwarm) -> Iterator[di
 )
 def test_fresh_logits_loss_and_every_gradient_equal_peft(models: dict[str, Path], servers: dict[str, list[str]], name: str, family: str) -> None:
     case = CASES[name]
-    expected = local(models[family], case.config(family))
+    expected = local(models[family], case.config(family)).to(DEVICE)
     with swarmtune.connect(servers[family]) as swarm:
         torch.manual_seed(7)
-        model = remote(models[family], swarm, case.config(family))
-        padded = inputs(case, padding="left")
+        model = remote(models[family], swarm, case.config(family), device=DEVICE)
+        padded = on_device(DEVICE, inputs(case, padding="left"))
         assert near(expected(**padded).logits, model(**padded).logits, case.logits)
         perturb(trainable(expected), dict(model.adapter.named_parameters()))
         here, there = step(expected, padded), step(model, padded)

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 import swarmtune
+from servers.__main__ import pick_device
 from swarmtune.errors import BlocksUnserved, PeersUnreachable, UsageError
-from tests.harness import batch, local_peft, lora, remote, same_bits, set_values, step, trainable
+from tests.harness import batch, local_peft, lora, on_device, remote, same_bits, set_values, step, trainable
 
 pytestmark = pytest.mark.swarm
+DEVICE = pick_device("auto")
+"""Where the servers compute that are not told."""
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,11 @@ def alive(swarm_of_four: swarmtune.LocalSwarm) -> Iterator[swarmtune.LocalSwarm]
 
 
 def test_training_step_equals_local_to_the_bit(bloom: Path, alive: swarmtune.LocalSwarm) -> None:
-    local = local_peft(bloom, lora("bloom"))
+    local, padded = local_peft(bloom, lora("bloom")).to(DEVICE), on_device(DEVICE, batch(padding="left"))
     with swarmtune.connect(alive.initial_peers) as swarm:
-        model = remote(bloom, swarm, lora("bloom"))
+        model = remote(bloom, swarm, lora("bloom"), device=DEVICE)
         set_values([trainable(local), dict(model.adapter.named_parameters())])
-        expected, found = step(local, batch(padding="left")), step(model, batch(padding="left"))
+        expected, found = step(local, padded), step(model, padded)
     assert torch.equal(expected[0], found[0])
     assert same_bits(expected[2], found[2])
 
