@@ -96,18 +96,18 @@ def bench(options: argparse.Namespace) -> int:
     """One measurement."""
     if options.hidden % 16:
         raise UsageError(f"--hidden must be a multiple of 16, the heads of the model, got {options.hidden}")
-    if options.preset != "loopback" and options.what not in ("train", "call"):
-        raise UsageError(f"--preset {options.preset} is for train and call, {options.what} runs on loopback")
-    if options.preset != "loopback":
-        from tests.netlab import mechanism
-
-        mechanism()
     if options.device != "cpu":
         if options.what != "train" or options.curves or options.preset != "loopback":
             raise UsageError(f"--device {options.device} is for train on loopback, everything else is measured on the CPU")
         from servers.__main__ import pick_device
 
         options.device = pick_device(options.device).type
+    if options.preset != "loopback" and options.what not in ("train", "call"):
+        raise UsageError(f"--preset {options.preset} is for train and call, {options.what} runs on loopback")
+    if options.preset != "loopback":
+        from tests.netlab import mechanism
+
+        mechanism()
     remove_left_over()
     if (load := os.getloadavg()[0]) > BUSY:
         warning = f"other programs use this machine (load {load:.1f}): counts hold, speeds and ratios may not"

@@ -22,7 +22,7 @@ from servers.stopping import Stop
 from swarmtune.config import resolve_path
 from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
 from swarmtune.notices import printable
-from swarmtune.schema import Compile, Dtype
+from swarmtune.schema import Compile, Dtype, Quantize
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config = read_words(words)
+        if config.quantize is Quantize.NONE:
+            # PEFT imports it where it is installed, and torch's compiler with it: a second of each start. It has to do with quantised blocks alone.
+            sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
         parent = Parent.greet(config.parent_fd) if config.parent_fd is not None else None
         config = dataclasses.replace(config, model=resolve_path(config.model))
         asyncio.run(_serve(config, parent, stop))

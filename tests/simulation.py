@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from servers.gradients import Graph
+from servers.graphs import Graphs
 from servers.handler import CallHandler
 from servers.span import GRAPH_BYTES, Span
 from swarmtune.errors import SwarmtuneError
@@ -436,7 +438,7 @@ class Simulator:
                 return Graphs.keep(store, client, graph)
 
             store.keep = keep  # type: ignore[method-assign]
-        self.run([], steps=1)
+        assert not self.run([], steps=1).errors
         for store in stores:
             vars(store).pop("keep", None)
         return max(sizes)
