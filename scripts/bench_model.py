@@ -7,8 +7,9 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,6 +20,8 @@ from swarmtune.errors import UsageError
 from swarmtune.remote.pipeline import Pipelined
 
 HEADS, VOCABULARY, RANK = 16, 4096, 8
+Moment = Any
+"""Seconds of a clock, or an event on a GPU."""
 
 
 def reference_model(hidden: int, layers: int, directory: Path) -> Path:
@@ -65,31 +68,54 @@ class BodyClock:
 
     def __init__(self, model: nn.Module) -> None:
         layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-        self.forward_s = self.backward_s = 0.0
-        self._began = 0.0
         self._device = next(layers.parameters()).device
+        self._began = self._now()
+        self.reset()
         layers[0].register_forward_pre_hook(self._forward_begins)
         layers[-1].register_forward_hook(self._forward_ended)
+
+    def reset(self) -> None:
+        """Begin at zero."""
+        self._forwards: list[tuple[Moment, Moment]] = []
+        self._backwards: list[tuple[Moment, Moment]] = []
+
+    @property
+    def forward_s(self) -> float:
+        """Of all forwards."""
+        return self._sum(self._forwards)
+
+    @property
+    def backward_s(self) -> float:
+        """Of all backwards."""
+        return self._sum(self._backwards)
+
+    def backward_ended(self) -> None:
+        """A backward is over."""
+        self._backwards.append((self._began, self._now()))
 
     def _forward_begins(self, *_: object) -> None:
         self._began = self._now()
 
     def _forward_ended(self, layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        self.forward_s += self._now() - self._began
+        self._forwards.append((self._began, self._now()))
         hidden = output[0] if isinstance(output, tuple) else output
         hidden.register_hook(self._backward_begins)
 
     def _backward_begins(self, grad: Tensor) -> None:
         self._began = self._now()
 
-    def backward_ended(self) -> None:
-        """A backward is over."""
-        self.backward_s += self._now() - self._began
+    def _now(self) -> Moment:
+        """A point in the work of the device, which is not waited for."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def _now(self) -> float:
+    def _sum(self, spans: Sequence[tuple[Moment, Moment]]) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return sum(end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3 for begin, end in spans)
 
 
 def trainer(model: nn.Module, ids: Tensor, piece_rows: int | None = None, clock: BodyClock | None = None) -> Callable[[], float]:

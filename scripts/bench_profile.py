@@ -26,7 +26,7 @@ from tests.harness import loopback, remote
 
 WAIT_S = 300.0
 CLIENT = "bench"
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_mkl_linear", "mkldnn", "linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_mkl_linear", "mkldnn", "linear", "_linear_pointwise", "product")
 """Ends of the names of matrix products."""
 COMPILED = ("CompiledFunction", "CompiledFxGraph", "Torch-Compiled", "cpp_fused")
 """Parts of the names under which compiled code appears: what has been fused."""

@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
             run()
         if options.compile == "auto":
             wait_until_compiled(swarm, sides)
-        clock.forward_s = clock.backward_s = 0.0
+        clock.reset()
         before = swarm.traffic()
         turns = take_turns(sides, options, place)
         after = swarm.traffic()
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The same model with its blocks compiled, as the servers compile theirs."""
+    """The same model with its blocks compiled by torch as it comes; servers may multiply otherwise (``servers/products.py``)."""
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     torch._dynamo.config.recompile_limit = 4 * len(layers)
     for layer in layers:

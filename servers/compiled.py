@@ -165,9 +165,8 @@ class Compiler:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
                 known.program = None
-                logger.warning(
-                    "%s could not be compiled, so they go on eagerly: %s", what, (str(error) or type(error).__name__).splitlines()[0][:300]
-                )
+                why = " ".join((str(error) or type(error).__name__).split("\n", 2)[:2])  # the first line may only say that there are more
+                logger.warning("%s could not be compiled, so they go on eagerly: %s", what, why[:300])
             else:
                 known.ready = True
                 logger.info("compiled %s in %.0f s", what, time.monotonic() - began)
@@ -179,11 +178,19 @@ class Compiler:
                 raise NotCompiled
             from torch._inductor.compile_fx import compile_fx
 
-            from servers.products import Products, faster
-
-            return compile_fx(graph, inputs, config_patches={"post_grad_custom_post_pass": Products()} if faster() else None)
+            return compile_fx(graph, inputs, config_patches=_patches())
 
         return backend
+
+
+def _patches() -> dict[str, Any] | None:
+    """Settings of the compiler for this machine; none where this torch keeps elsewhere what they need."""
+    try:
+        from servers.products import Products, faster
+    except ImportError as error:
+        logger.info("matrix products stay as torch compiles them: %s", error)
+        return None
+    return {"post_grad_custom_post_pass": Products()} if faster() else None
 
 
 def shape_class(call: SpanCall) -> Hashable | None:

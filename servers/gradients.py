@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from swarmtune.wire.messages import SpanResult
 
 FLOAT16_PEAK = 8
 """Power of two to which gradients are scaled before they enter a float16 span; its numbers reach to 2**15."""
+PINNED_BYTES = 256 << 20
+"""Of a result at most: torch rounds pinned memory up to a power of two, and keeps it for the next result."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +92,7 @@ def _by_kwarg(graph: Graph, grads: list[Tensor]) -> dict[int, Tensor]:
 
 def to_host(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A result on its way to the network, in the type in which it travels; from a GPU into pinned memory, which it writes several times as fast."""
-    if tensor.device.type != "cuda":
-        return tensor.to("cpu", dtype)
-    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor.to(dtype))
+    if tensor.device.type == "cuda" and tensor.numel() * dtype.itemsize <= PINNED_BYTES:
+        with suppress(RuntimeError):  # the system locks no more memory
+            return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor.to(dtype))
+    return tensor.to("cpu", dtype)

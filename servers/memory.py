@@ -131,7 +131,7 @@ def keep_what_is_freed() -> None:
     notice.
     """
     with suppress(AttributeError, OSError, TypeError):
-        for name, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+        for name, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):  # -1 is the largest size
             ctypes.CDLL(None).mallopt(name, value)
 
 
@@ -145,8 +145,11 @@ async def trim_when_idle(work: Busyness, idle_s: float = IDLE_S) -> NoReturn:
     while True:
         await asyncio.sleep(idle_s)
         now = (work.calls, work.held_bytes)
-        if trim is not None and now == before and now != trimmed and not work.in_flight:
-            await asyncio.to_thread(trim)
+        if now == before and now != trimmed and not work.in_flight:
+            if trim is not None:
+                await asyncio.to_thread(trim)
+            if torch.cuda.is_initialized() and hasattr(torch.accelerator, "empty_host_cache"):
+                torch.accelerator.empty_host_cache()  # pinned memory of results
             trimmed = now
         before = now
 

@@ -40,7 +40,10 @@ def numeric_class(facts: dict[str, str]) -> str:
 
 
 def cpu_hardware() -> str:
-    """What libraries choose their code for this CPU by: instructions, and the make, because MKL takes other code on CPUs that are not Intel's."""
+    """What libraries choose their code for this CPU by, where no variable of theirs says otherwise.
+
+    The make is part of it, because MKL takes other code on CPUs that are not Intel's.
+    """
     matrices = {
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx": torch.cpu._is_amx_tile_supported(),

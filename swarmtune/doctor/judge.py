@@ -138,7 +138,10 @@ def check_numeric(servers: Sequence[Server], about: str) -> Check:
     if "dtype" in numeric_differences(infos) or len({info.dtype for info in infos.values()}) > 1:
         meaning = "with different dtypes results differ visibly, and a run whose route needs several of them is refused"
     return Check(
-        f"numeric class{about}", Status.WARNING, found, f"{meaning}; start all servers with the same dtype, device, threads and library versions"
+        f"numeric class{about}",
+        Status.WARNING,
+        found,
+        f"{meaning}; where it matters, start all servers with the same dtype, device, threads and library versions, on one make of CPU",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from servers import compiled
+from servers import compiled, products
 from servers.compiled import cannot_compile, shape_class
 from servers.executor import Busy
 from servers.handler import CallHandler
@@ -103,6 +105,37 @@ def test_calls_run_compiled_once_that_is_ready_and_give_nearly_the_same(bloom: P
         _, ran = results(swarm, model, batch(rows=3))
         assert not any(ran)
         assert swarm.traffic().retries == 0
+
+
+def test_compiled_products_go_to_onednn_forward_and_backward(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whatever CPU this runs."""
+    shapes: list[tuple[int, ...]] = []
+
+    def seen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append((*x.shape, weight.shape[1]))
+        return onednn(x, weight, bias)
+
+    onednn = products.onednn
+    monkeypatch.setattr(products, "faster", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "onednn", seen)
+    monkeypatch.setattr(products.Products, "uuid", lambda self: secrets.token_bytes(8))  # what torch has compiled before is not used
+    with compiling(bloom) as (swarm, model):
+        eager, _ = results(swarm, model, batch())
+        step(model, batch())
+        wait_until_ready(swarm, 1)
+        shapes.clear()
+        found, ran = results(swarm, model, batch())
+        assert ran == [True]
+        assert 0 < worst_difference(eager, found) < 1e-5
+    assert (40, 48, 192) in shapes, "forward through dense_h_to_4h"
+    assert (40, 192, 48) in shapes, "and through dense_4h_to_h, or back through the former"
+    assert any(inner == 40 for _, inner, _ in shapes), "gradients of LoRA's matrices sum over the tokens"
+
+
+def test_a_torch_that_keeps_elsewhere_what_products_need_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "servers.products", None)
+    assert compiled._patches() is None
 
 
 def test_who_does_not_ask_is_served_eagerly(bloom: Path) -> None:

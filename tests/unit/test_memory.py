@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +78,35 @@ def test_the_tightest_control_group_counts_and_its_file_cache_does_not(tmp_path:
     assert _free_in_group(tmp_path / "absent", root) is None
 
 
+KEEPS = """
+import threading
+from pathlib import Path
+import torch
+from servers.memory import keep_what_is_freed, trimming
+
+def heap():
+    (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
+    begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+    return range(begin, end)
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def work():
+    tensor = torch.ones(10 << 20)
+    print(tensor.data_ptr() in heap())
+
+keep_what_is_freed()
+before = resident()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(resident() - before > 30e6)
+trimming()()
+print(resident() - before < 10e6)
+"""
+
+
 @dataclass
 class Work:
     """As much of a server as is looked at."""
@@ -102,6 +134,13 @@ def test_an_idle_server_gives_back_what_malloc_keeps() -> None:
     del tensors[:-1]
     asyncio.run(some_time(Work()))
     assert full - resident() > 100e6
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another allocator than glibc's")
+def test_large_tensors_lie_in_the_heap_and_stay_there_when_freed() -> None:
+    """In a process of its own: it is for ever."""
+    done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["True", "True", "True"], done.stderr
 
 
 def test_it_is_done_once_after_the_last_call_and_never_beside_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from servers import numeric, products
 from servers.numeric import cpu_vendor
-from servers.products import TOLERANCE, Products, faster
+from servers.products import Products, faster
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 aten = torch.ops.aten
@@ -22,7 +22,8 @@ OURS = torch.ops.swarmtune.product.default
 
 
 @pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
+def _asked_anew_and_of_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(products, "LEAST", 0)
     faster.cache_clear()
     yield
     faster.cache_clear()
@@ -36,9 +37,15 @@ def rewritten(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[torch.f
     return module, [node.target for node in module.graph.nodes if node.op == "call_function"]
 
 
-def matrix(rows: int, columns: int, *, turned: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def matrix(rows: int, columns: int, lies: str = "by rows", dtype: torch.dtype = torch.float32) -> Tensor:
     torch.manual_seed(rows * 1000 + columns)
-    return torch.randn(columns, rows, dtype=dtype).t() if turned else torch.randn(rows, columns, dtype=dtype)
+    if lies == "by columns":
+        return torch.randn(columns, rows, dtype=dtype).t()
+    if lies == "every second":
+        return torch.randn(rows, 2 * columns, dtype=dtype)[:, ::2]
+    if lies == "one row, repeated":
+        return torch.randn(1, columns, dtype=dtype).expand(rows, columns)
+    return torch.randn(rows, columns, dtype=dtype)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -46,13 +53,27 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 sizes = st.integers(1, 70)
+layouts = st.sampled_from(["by rows", "by columns", "every second", "one row, repeated"])
+biases: st.SearchStrategy[Callable[[int], Tensor] | None] = st.sampled_from(
+    [
+        None,
+        torch.randn,
+        lambda count: torch.randn(2 * count)[::2],
+        lambda count: torch.randn(count, 3)[:, 1],
+        lambda count: torch.randn(1).expand(count),
+        lambda count: torch.randn(1),
+    ]
+)
 
 
-@given(sizes, sizes, sizes, st.booleans(), st.booleans(), st.booleans())
-def test_a_product_is_the_same_function_for_all_shapes_and_strides(rows: int, inner: int, columns: int, x: bool, w: bool, biased: bool) -> None:
-    a, b, bias = matrix(rows, inner, turned=x), matrix(inner, columns, turned=w), torch.randn(columns)
-    inputs = (bias, a, b) if biased else (a, b)
-    function = aten.addmm.default if biased else aten.mm.default
+@given(sizes, sizes, sizes, layouts, layouts, biases)
+def test_a_product_is_the_same_function_for_all_shapes_and_strides(
+    rows: int, inner: int, columns: int, x: str, w: str, bias: Callable[[int], Tensor] | None
+) -> None:
+    inputs = (matrix(rows, inner, x), matrix(inner, columns, w))
+    if bias is not None:
+        inputs = (bias(columns), *inputs)
+    function = aten.mm.default if bias is None else aten.addmm.default
     module, targets = rewritten(function, *inputs)
     assert OURS in targets
     assert function not in targets
@@ -61,14 +82,24 @@ def test_a_product_is_the_same_function_for_all_shapes_and_strides(rows: int, in
     assert (found.shape, found.stride(), found.dtype) == (torch_s.shape, torch_s.stride(), torch_s.dtype)
 
 
-def test_the_gradient_of_a_weight_takes_the_larger_factor_as_it_lies() -> None:
-    gradient, x = matrix(32, 3072), matrix(32, 8)
+@pytest.mark.parametrize("lora", ["A", "B"])
+def test_the_gradient_of_a_lora_matrix_takes_the_larger_factor_as_it_lies(lora: str) -> None:
+    """A's is (T, r)^T (T, I), B's is (T, O)^T (T, r)."""
+    small, large = matrix(32, 8), matrix(32, 3072)
+    gradient, x = (small, large) if lora == "A" else (large, small)
     module, targets = rewritten(lambda g, x: aten.mm.default(aten.permute.default(g, [1, 0]), x), gradient, x)
     assert targets.count(OURS) == 1
     (node,) = [node for node in module.graph.nodes if node.target is OURS]
-    assert node.args[1].meta["val"].shape == gradient.shape
-    assert node.args[1].meta["val"].stride() == gradient.stride()
+    assert node.args[1].meta["val"].shape == large.shape
+    assert node.args[1].meta["val"].stride() == large.stride()
     assert close(module(gradient, x), gradient.double().t() @ x.double())
+
+
+def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST", 4 * 5 * 6)
+    assert OURS in rewritten(aten.mm.default, matrix(4, 5), matrix(5, 6))[1]
+    monkeypatch.setattr(products, "LEAST", 4 * 5 * 6 + 1)
+    assert OURS not in rewritten(aten.mm.default, matrix(4, 5), matrix(5, 6))[1]
 
 
 @pytest.mark.parametrize(
@@ -95,15 +126,27 @@ def test_an_empty_sum_is_zero_whoever_computes_it() -> None:
     assert torch.equal(module(a, b), torch.zeros(4, 6))
 
 
-def test_intels_cpus_and_a_torch_without_it_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_cpus_and_a_torch_without_it_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
     monkeypatch.setattr(products, "cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert faster()
-    for name, value in (("cpu_vendor", lambda: "GenuineIntel"), ("_product", lambda *_: torch.zeros(64, 64)), ("_product", None)):
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def broken(*_: object) -> Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+    for name, value in (
+        ("servers.products.cpu_vendor", lambda: "GenuineIntel"),
+        ("servers.products.cpu_vendor", lambda: "unknown"),
+        ("torch.backends.cpu.get_cpu_capability", lambda: "AVX2"),
+        ("servers.products.onednn", lambda *_: torch.zeros(64, 64)),
+        ("servers.products.onednn", broken),
+    ):
         with monkeypatch.context() as patch:
             faster.cache_clear()
-            patch.setattr(products, name, value)
+            patch.setattr(name, value)
             assert not faster()
-    assert 0 < TOLERANCE < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from servers import gradients as results
 from servers import stored
 from servers.executor import Executor
-from servers.gradients import Graph, gradients
+from servers.gradients import Graph, gradients, to_host
 from servers.graphs import Graphs, Tape, expire_forever
 from servers.mailbox import Mailbox
 from servers.span import Span
@@ -154,3 +155,17 @@ def test_what_a_server_is_to_keep_is_what_it_keeps(bloom: Path) -> None:
     made = make_handler(bloom, "0:2")._span
     graphs = Graphs(0, 1.5)
     assert Span(made.config, made.site, made.span, made.weights, made.dtype, made.device, graphs).graphs is graphs
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("pinned_bytes", [0, results.PINNED_BYTES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_reach_the_host_in_the_type_in_which_they_travel(
+    device: str, pinned_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "PINNED_BYTES", pinned_bytes)
+    tensor = torch.randn(5, 3, device=device).t()
+    found = to_host(tensor, dtype)
+    assert (found.device.type, found.dtype) == ("cpu", dtype)
+    assert torch.equal(found, tensor.to("cpu", dtype))
+    assert found.is_pinned() == (device == "cuda" and pinned_bytes > 0)
