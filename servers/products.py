@@ -105,8 +105,9 @@ def _turn(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
 
 
 def _ours(x: torch.fx.Node, weight: torch.fx.Node, bias: torch.fx.Node | None) -> bool:
-    values = [each.meta.get("val") for each in (x, weight, bias) if each is not None]
-    if not all(isinstance(value, Tensor) and value.dtype is torch.float32 and value.device.type == "cpu" for value in values):
+    factors = [each for each in (x, weight, bias) if each is not None]
+    values = [value for each in factors if isinstance(value := each.meta.get("val"), Tensor)]
+    if len(values) < len(factors) or any(value.dtype is not torch.float32 or value.device.type != "cpu" for value in values):
         return False
     (rows, inner), columns = values[0].shape, values[1].shape[1]
     return (bias is None or values[2].dim() == 1) and rows * inner * columns >= max(1, LEAST)
