@@ -223,10 +223,10 @@ def test_what_a_program_leaves_to_clean_up_after_it_may_finish(tmp_path: Path) -
 
 def test_programs_have_their_network_until_they_have_ended() -> None:
     leaving = """
-import signal, socket, sys
+import signal, socket, sys, time
 wire = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 wire.connect((sys.argv[1], int(sys.argv[2])))
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(wire.send(b"goodbye") - 7))
+signal.signal(signal.SIGTERM, lambda *_: (wire.send(b"goodbye"), time.sleep(0.5), sys.exit()))  # it takes a while to get there
 print("ready", flush=True)
 signal.pause()
 """

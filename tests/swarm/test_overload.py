@@ -86,7 +86,8 @@ def test_a_server_ten_times_slower_than_its_replica_is_left(bloom: Path) -> None
             assert all(same_bits(quiet, step(model, batch(rows=16))[2]) for _ in range(6))
             before = opened.chain.counters.servers[used].calls
             assert all(same_bits(quiet, step(model, batch(rows=16))[2]) for _ in range(6))
-            assert opened.chain.counters.servers[used].calls <= before + 2, "it may be tried once more, because it may have become faster"
+            # It may be tried again, because it may have become faster, once or on a busy machine twice: of twelve calls.
+            assert opened.chain.counters.servers[used].calls <= before + 4
         finally:
             over.set()
             thread.join(10)
