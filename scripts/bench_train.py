@@ -21,6 +21,8 @@ from swarmtune.remote.batch import micro_batches
 from swarmtune.swarm import Swarm, SwarmTraffic
 
 LOCAL, SWARM, COMPILED = "local PEFT", "swarm", "local PEFT, compiled"
+BATCH = (8, 128)
+"""Rows and tokens of the reference batch, which no heading names."""
 COMPILE_S = 300.0
 """How long servers may take until all forwards of a step run compiled code."""
 SERVER_PARTS = ("compute_s", "queue_s", "network_s", "block_forwards", "bytes_up", "bytes_down")
@@ -89,7 +91,8 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
     rows = [*speed_rows(options, turns), *counts.rows(), *server_rows(counts, body_s, clock.forward_s / turns.steps)]
     if place.lab is not None:
         rows.append({"figure": "the emulated network's own share of the cores", "value": f"{turns.router_s / turns.wall_s:.2f} of a core"})
-    says = [preset.says, f"{options.servers} servers with {options.threads} threads", f"micro-batches of {options.micro_batch_tokens} tokens"]
+    batch = [] if (options.rows, options.sequence) == BATCH else [f"{options.rows} x {options.sequence} tokens"]
+    says = [preset.says, *batch, f"{options.servers} servers with {options.threads} threads", f"micro-batches of {options.micro_batch_tokens} tokens"]
     says += [f"codec {options.codec}"] if options.codec != "none" else []
     says += [torch.cuda.get_device_name()] if options.device == "cuda" else []
     says += ["compiled blocks on the servers"] if options.compile == "auto" else []
@@ -98,6 +101,7 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
             "bench_train",
             options.preset,
             *([] if options.dtype == "float32" else [options.dtype]),
+            *([f"{options.rows}x{options.sequence}"] if batch else []),
             *(["compiled"] if options.compile == "auto" else []),
             *([] if options.device == "cpu" else [options.device]),
         ]
