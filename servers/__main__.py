@@ -258,7 +258,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
         name=config.name,
         family=config.family,
     )
-    room = activation_budget(device) if config.activation_gib is None else int(config.activation_gib * GIB)
+    room = activation_budget(device) // config.sharing if config.activation_gib is None else int(config.activation_gib * GIB)
     logger.info("at most %.2f GiB of activations are kept for backwards", room / GIB)
     span = Span(model_config, site, blocks, weights, dtype, device, Graphs(room, config.activation_ttl_s))
     if config.compile is Compile.AUTO:

@@ -74,6 +74,8 @@ class ServeConfig:
     """Longest sequence of one call; the memory of attention can grow with its square."""
     activation_gib: float | None = None
     """GiB of activations kept from forwards for their backwards; a quarter of what is free after loading if not given; 0 keeps nothing."""
+    sharing: int = 1
+    """Servers on this machine that share what is free: each takes its part of that quarter. ``LocalSwarm`` and ``scripts/swarm`` set it."""
     activation_ttl_s: float = 600.0
     """Seconds after which activations that nobody came back for are freed."""
     compile: Compile = Compile.AUTO
@@ -92,6 +94,8 @@ class ServeConfig:
         for key, label in (("name", self.name), ("family", self.family)):
             if len(label) > MAX_LABEL or not label.isprintable():
                 raise ValueError(f"{key} must be at most {MAX_LABEL} printable characters")
+        if self.sharing < 1:
+            raise ValueError(f"sharing must be at least 1, got {self.sharing}")
         if self.activation_gib is not None and not 0 <= self.activation_gib < 1e6:
             raise ValueError(f"activation_gib must be at least 0 and below a million, got {self.activation_gib}")
         if not 0 < self.activation_ttl_s < 1e6:

@@ -155,12 +155,13 @@ class Running:
         partial.write_text(json.dumps(facts), encoding="utf-8")
         partial.replace(self.state / f"{self.name}.json")
 
-    def start(self, member: Member, peers: Sequence[str], threads: int) -> int:
+    def start(self, member: Member, peers: Sequence[str], threads: int, sharing: int) -> int:
         """Start the process; returns where its part of the log begins."""
         config = member.config
         self.blocks = config.blocks
         more: dict[str, Any] = {"port": self.port, "identity": self.key, "initial_peers": [*config.initial_peers, *peers]}
         more["threads"] = config.threads or threads
+        more["sharing"] = config.sharing if config.sharing > 1 else sharing
         with self.log.open("ab") as log:
             begin = log.tell()
             self.process = subprocess.Popen(
@@ -256,7 +257,7 @@ def _up(plan: Plan, wait_s: float) -> int:
     threads = max(1, (os.cpu_count() or 1) // len(swarm))  # servers that compete for cores wait for each other
     try:
         begins = [
-            running.start(member, [address for other in swarm if other is not running for address in other.addresses], threads)
+            running.start(member, [address for other in swarm if other is not running for address in other.addresses], threads, len(swarm))
             for member, running in zip(plan.members, swarm, strict=True)
         ]
         ends_at = time.monotonic() + wait_s

@@ -244,6 +244,7 @@ class LocalSwarm:
             f"quantize={quantize}",
             f"device={_quoted(device)}",
             f"threads={threads if threads is not None else 'null'}",
+            f"sharing={len(blocks)}",
         ]
         directory = Path(log_dir) if log_dir is not None else None
         if directory is not None:

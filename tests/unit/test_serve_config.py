@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import swarmtune
 from servers import numeric
+from servers.__main__ import _load
 from servers.addresses import announced_addresses, check_port, listen_addresses
 from servers.config import ServeConfig, Transport, read_words
 from servers.progress import loading
@@ -191,3 +193,14 @@ def test_auto_is_the_stored_type_where_the_hardware_computes_in_it(
 
 def test_what_this_machine_computes_in_can_be_told() -> None:
     assert numeric.computes_bfloat16(torch.device("cpu")) in (True, False)
+
+
+def test_servers_that_share_a_machine_share_what_is_free_for_activations(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("servers.memory.activation_budget", lambda device: 1200)
+    monkeypatch.setattr("servers.memory.keep_what_is_freed", lambda: None)  # it would be for all tests of this process
+    for words, room in (((), 1200), (("sharing=3",), 400), (("sharing=3", "activation_gib=0"), 0)):
+        span, _ = _load(read_words([f"model={bloom}", "blocks=0:1", "device=cpu", *words]))
+        assert span.graphs.budget_bytes == room
+    with pytest.raises(UsageError, match="sharing must be at least 1, got 0"):
+        typed("sharing=0")
+    assert "sharing=2" in swarmtune.LocalSwarm(bloom, ["0:2", "2:4"]).words
