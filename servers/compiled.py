@@ -8,6 +8,7 @@ refused before it begins, and runs eagerly.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -35,6 +36,8 @@ MAX_REHEARSALS = 4
 """Of one class, where what the library computes depends on values, such as a mask without padding; then it runs eagerly for ever."""
 BUSY_S = 0.5
 """When to ask again for what cannot be done beside a compilation."""
+GIVE_WAY_S = 5.0
+"""How long the next compilation waits at most for who was refused because of the one before, and will ask again."""
 CLOSE_S = 60.0
 NICE = 10
 """Of the compiling thread: calls go first."""
@@ -75,6 +78,7 @@ class Compiler:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._prepared = False
+        self._refused_at = -math.inf
         self._rehearsals = 0
         self._backend = self._make_backend()
 
@@ -86,10 +90,12 @@ class Compiler:
             Busy: something is being compiled.
         """
         if not self._lock.acquire(blocking=False):
+            self._refused_at = time.monotonic()
             raise Busy("something is being compiled", BUSY_S)
         try:
             yield
         finally:
+            self._refused_at = -math.inf
             self._lock.release()
 
     def program(self, call: SpanCall) -> Program | None:
@@ -161,6 +167,7 @@ class Compiler:
             what, began = f"blocks {call.span} for {rows} x {sequence} tokens", time.monotonic()
             try:
                 assert known.program is not None, "whoever wants it has made it"
+                self._give_way()
                 with self._lock:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
@@ -171,6 +178,12 @@ class Compiler:
                 known.ready = True
                 logger.info("compiled %s in %.0f s", what, time.monotonic() - began)
             del wanted, call
+
+    def _give_way(self) -> None:
+        """Leave what compiling excludes its turn between two compilations: it only asks now and then, and would never meet the gap."""
+        ends_at = time.monotonic() + GIVE_WAY_S
+        while time.monotonic() < min(ends_at, self._refused_at + 4 * BUSY_S):
+            time.sleep(0.05)
 
     def _make_backend(self) -> Callable[..., Any]:
         def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:

@@ -158,7 +158,8 @@ class CallHandler:
             logger.exception("a call of %s failed", peer)
             fault = Fault(FaultCode.INTERNAL, f"{type(error).__name__}: {one_line(str(error))[:500]}")
         self.refused += 1
-        logger.info("refused a call of %s: %s", peer, fault.detail)
+        # Who is told to ask again does so several times a second; the line of each minute counts them.
+        logger.log(logging.DEBUG if fault.code is FaultCode.BUSY else logging.INFO, "refused a call of %s: %s", peer, fault.detail)
         return encode(fault.to_message())
 
     async def _dispatch(self, peer: str, message: Message, codec: Codec) -> Message:

@@ -138,6 +138,12 @@ class HivemindNode:
         return self._daemon.pid if self._daemon is not None else None
 
     @property
+    def directory(self) -> Path:
+        """A private directory that goes away with this node, however it ends."""
+        assert self._directory is not None, "the node has been started"
+        return self._directory
+
+    @property
     def p2p(self) -> P2P:
         """The daemon, for the DHT beside us."""
         if self._p2p is None:

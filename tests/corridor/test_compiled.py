@@ -212,6 +212,21 @@ def test_nothing_draws_first_values_while_something_is_compiled(bloom: Path, mon
             pass
 
 
+def test_who_was_refused_beside_a_compilation_comes_before_the_next_one(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks twice a second, and compilations follow each other at once."""
+    with compiling(bloom) as (swarm, model):
+        compiler = handlers(swarm)[0]._span.compiler
+        assert compiler is not None
+        monkeypatch.setattr(compiler, "_rehearse", lambda *_: time.sleep(1.0))
+        for rows in range(1, 9):
+            for _ in range(2):
+                step(model, batch(rows=rows))
+        began = time.monotonic()
+        remote(bloom, swarm, lora("bloom", use_dora=True))
+        assert time.monotonic() - began < 4
+        assert sum(each.ready for each in classes(swarm)) < 8, "the others are still to come"
+
+
 def test_beside_a_compilation_everything_runs_eagerly(bloom: Path) -> None:
     with compiling(bloom) as (swarm, model):
         for _ in range(2):

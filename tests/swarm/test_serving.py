@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import swarmtune
+from servers.compiled import cannot_compile
 from swarmtune.errors import SwarmError
 from swarmtune.remote.events import EventKind
 from tests.harness import batch, lora, remote, same_bits, set_values
@@ -161,6 +162,19 @@ def test_graphs_are_kept_as_the_keys_say(bloom: Path, tmp_path: Path, words: lis
                 assert sum(each.block_forwards for each in traffic.servers) == (8 if own else 4)
             assert server.end(signal.SIGINT) == 0
     assert same_bits(*found)
+
+
+@pytest.mark.skipif(bool(cannot_compile(torch.device("cpu"), torch.float32, "none")), reason="no C++ compiler")
+def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloom: Path, tmp_path: Path) -> None:
+    with serve(tmp_path / "log", f"model={bloom}", "blocks=0:4", "dtype=float32", "threads=1", "listen=127.0.0.1") as server:
+        with swarmtune.connect([server.ready()[5].split()[0]], compile="auto") as swarm:
+            model = remote(bloom, swarm, lora("bloom"))
+            for _ in range(2):
+                model(**batch()).loss.backward()
+            server.wait_for("compiled blocks 0:4", 120)
+        (directory,) = Leftovers(server.process.pid).directories
+        assert any(path.suffix == ".so" for path in (Path(directory) / "compiled").rglob("*"))
+        assert server.end(signal.SIGINT) == 0
 
 
 def test_all_addresses_of_the_machine_are_announced_or_the_one_that_is_asked_for(bloom: Path, tmp_path: Path) -> None:
