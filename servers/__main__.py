@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("servers")
 
 DRAIN_S = 30.0
-KEEPS_COMPILED = not os.path.basename(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")).startswith("torchinductor_")
-"""Whether whoever started this has said where compiled code is kept: torch sets the variable itself, to a name with its user, where it compiles."""
 ANNOUNCE_S = 1.0
 """How long a server that has nothing left to do stays until its last announcement is stored."""
 PORT_WAIT_S = 10.0
@@ -155,7 +153,8 @@ async def _work(
     from servers.memory import trim_when_idle
 
     await _start_node(config, parent, node)
-    if not KEEPS_COMPILED:
+    # torch sets the variable itself, to a name with its user, where it compiles: any other was set by whoever started this, and stays.
+    if os.path.basename(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")).startswith("torchinductor_"):
         # What a compiler that is ended with this server leaves half written would fail every later one that finds it; and /tmp is everybody's.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(node.directory / "compiled")
     reachable = await _reach(node, config.initial_peers)
