@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -56,6 +58,7 @@ class _Class:
     rehearsals: int = 0
     program: Program | None = None
     ready: bool = False
+    tried_again: bool = False
 
     @property
     def dead(self) -> bool:
@@ -171,6 +174,13 @@ class Compiler:
                 with self._lock:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
+                library = unloadable(error)
+                if library is not None and not known.tried_again:
+                    known.tried_again = True
+                    library.unlink(missing_ok=True)
+                    self._wanted.put((known, call))
+                    logger.info("%s are compiled again: %s could not be loaded", what, library)
+                    continue
                 known.program = None
                 why = " ".join((str(error) or type(error).__name__).split("\n", 2)[:2])  # the first line may only say that there are more
                 logger.warning("%s could not be compiled, so they go on eagerly: %s", what, why[:300])
@@ -194,6 +204,18 @@ class Compiler:
             return compile_fx(graph, inputs, config_patches=_patches())
 
         return backend
+
+
+def unloadable(error: BaseException | None) -> Path | None:
+    """The compiled library that could not be loaded, where that is what is behind an error: its compiler or linker was ended while it wrote."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        found = re.match(r"(/\S+\.so): ", str(error)) if isinstance(error, (ImportError, OSError)) else None
+        if found is not None:
+            return Path(found[1])
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return None
 
 
 def _patches() -> dict[str, Any] | None:

@@ -212,6 +212,30 @@ def test_nothing_draws_first_values_while_something_is_compiled(bloom: Path, mon
             pass
 
 
+def test_a_library_that_cannot_be_loaded_is_made_again_once(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, tries = tmp_path / "x.main.so", []
+    library.touch()
+
+    def rehearse(*_: Any) -> None:
+        tries.append(library.exists())
+        if len(tries) in failing:
+            try:
+                raise ImportError(f"{library}: file too short")
+            except ImportError as error:
+                raise RuntimeError("backend='backend' raised:") from error
+
+    for failing in ((1,), (1, 2)):
+        tries.clear()
+        library.touch()
+        with compiling(bloom) as (swarm, model):
+            monkeypatch.setattr(handlers(swarm)[0]._span.compiler, "_rehearse", rehearse)
+            for _ in range(2):
+                step(model, batch())
+            wait_until(lambda: any(each.ready or each.dead for each in classes(swarm)))
+            assert tries == [True, False]
+            assert [each.ready for each in classes(swarm)] == [failing == (1,)]
+
+
 def test_who_was_refused_beside_a_compilation_comes_before_the_next_one(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks twice a second, and compilations follow each other at once."""
     with compiling(bloom) as (swarm, model):
