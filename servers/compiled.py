@@ -40,6 +40,8 @@ BUSY_S = 0.5
 """When to ask again for what cannot be done beside a compilation."""
 GIVE_WAY_S = 5.0
 """How long the next compilation waits at most for who was refused because of the one before, and will ask again."""
+MAX_UNLOADABLE = 8
+"""Libraries of one class that are made again because they could not be loaded."""
 CLOSE_S = 60.0
 NICE = 10
 """Of the compiling thread: calls go first."""
@@ -58,7 +60,7 @@ class _Class:
     rehearsals: int = 0
     program: Program | None = None
     ready: bool = False
-    tried_again: bool = False
+    unloadable: int = 0
 
     @property
     def dead(self) -> bool:
@@ -175,8 +177,8 @@ class Compiler:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
                 library = unloadable(error)
-                if library is not None and not known.tried_again:
-                    known.tried_again = True
+                if library is not None and known.unloadable < MAX_UNLOADABLE:
+                    known.unloadable += 1
                     library.unlink(missing_ok=True)
                     self._wanted.put((known, call))
                     logger.info("%s are compiled again: %s could not be loaded", what, library)
@@ -207,13 +209,17 @@ class Compiler:
 
 
 def unloadable(error: BaseException | None) -> Path | None:
-    """The compiled library that could not be loaded, where that is what is behind an error: its compiler or linker was ended while it wrote."""
+    """The library among what torch has compiled that could not be loaded, where that is what is behind an error: its linker was ended while it wrote.
+
+    ``None`` for any other library: what is returned is removed.
+    """
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         found = re.match(r"(/\S+\.so): ", str(error)) if isinstance(error, (ImportError, OSError)) else None
         if found is not None:
-            return Path(found[1])
+            return Path(found[1]) if compiled and Path(os.path.realpath(found[1])).is_relative_to(os.path.realpath(compiled)) else None
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return None
 

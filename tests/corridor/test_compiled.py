@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from servers import compiled, products
-from servers.compiled import cannot_compile, shape_class
+from servers.compiled import cannot_compile, shape_class, unloadable
 from servers.executor import Busy
 from servers.handler import CallHandler
 from swarmtune.remote.events import EventKind
@@ -212,28 +212,40 @@ def test_nothing_draws_first_values_while_something_is_compiled(bloom: Path, mon
             pass
 
 
-def test_a_library_that_cannot_be_loaded_is_made_again_once(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failures", [0, 2, compiled.MAX_UNLOADABLE, compiled.MAX_UNLOADABLE + 1])
+def test_a_library_that_cannot_be_loaded_is_made_again(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     library, tries = tmp_path / "x.main.so", []
-    library.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def rehearse(*_: Any) -> None:
         tries.append(library.exists())
-        if len(tries) in failing:
+        if len(tries) <= failures:
+            library.touch()
             try:
                 raise ImportError(f"{library}: file too short")
             except ImportError as error:
                 raise RuntimeError("backend='backend' raised:") from error
 
-    for failing in ((1,), (1, 2)):
-        tries.clear()
-        library.touch()
-        with compiling(bloom) as (swarm, model):
-            monkeypatch.setattr(handlers(swarm)[0]._span.compiler, "_rehearse", rehearse)
-            for _ in range(2):
-                step(model, batch())
-            wait_until(lambda: any(each.ready or each.dead for each in classes(swarm)))
-            assert tries == [True, False]
-            assert [each.ready for each in classes(swarm)] == [failing == (1,)]
+    with compiling(bloom) as (swarm, model):
+        monkeypatch.setattr(handlers(swarm)[0]._span.compiler, "_rehearse", rehearse)
+        for _ in range(2):
+            step(model, batch())
+        wait_until(lambda: any(each.ready or each.dead for each in classes(swarm)))
+        assert len(tries) == min(failures, compiled.MAX_UNLOADABLE) + 1
+        assert not any(tries), "the broken one had been removed"
+        assert [each.ready for each in classes(swarm)] == [failures <= compiled.MAX_UNLOADABLE]
+
+
+def test_a_library_of_others_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = tmp_path / "own", tmp_path / "libtorch.so"
+    own.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(own))
+    assert unloadable(ImportError(f"{own}/a/b.so: undefined symbol: f")) == own / "a" / "b.so"
+    for broken in (other, own / ".." / "libtorch.so"):
+        assert unloadable(ImportError(f"{broken}: undefined symbol: f")) is None
+    assert unloadable(RuntimeError(f"{own}/a/b.so: f")) is None
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert unloadable(ImportError(f"{own}/a/b.so: undefined symbol: f")) is None
 
 
 def test_who_was_refused_beside_a_compilation_comes_before_the_next_one(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

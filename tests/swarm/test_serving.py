@@ -172,6 +172,7 @@ def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloo
             for _ in range(2):
                 model(**batch()).loss.backward()
             server.wait_for("compiled blocks 0:4", 120)
+        assert "bitsandbytes" not in Path(f"/proc/{server.process.pid}/maps").read_text(), "nothing is quantised"
         (directory,) = Leftovers(server.process.pid).directories
         assert any(path.suffix == ".so" for path in (Path(directory) / "compiled").rglob("*"))
         assert server.end(signal.SIGINT) == 0
@@ -253,6 +254,7 @@ def test_a_private_swarm_goes_up_answers_and_goes_down(bloom: Path, tmp_path: Pa
         up = swarm("up", plan)
         assert up.returncode == 0, up.stderr
         assert len(pids(up.stdout)) == 2
+        assert all("sharing=2" in psutil.Process(pid).cmdline() for pid in pids(up.stdout)), "of what is free for activations"
         addresses = re.search(r"'swarm.initial_peers=\[(.*)\]'", up.stdout)
         assert addresses is not None
         forward(bloom, addresses[1].split(",")[1])

@@ -820,7 +820,10 @@ def test_a_busy_server_says_when_to_ask_again_and_knows_who_asks(
 ) -> None:
     full = Full()
     monkeypatch.setattr(handler, "_executor", full)
+    levels: list[int] = []
+    monkeypatch.setattr("servers.handler.logger.log", lambda level, *_: levels.append(level))
     fault = refusal(handler, call(handler).to_message(), caplog)
+    assert levels == [logging.DEBUG], "it comes again and again"
     assert (fault.code, fault.detail, fault.retry_ms) == (FaultCode.BUSY, "no room", 1250)
     assert full.clients == ["client"]
 
