@@ -20,6 +20,8 @@ from swarmtune.errors import ServerStartFailed
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+LAST_WORDS_S = 1.0
+MAX_SAID = 1 << 16
 KEEPER = (
     'dir=$1; shift; "$@" </dev/null & child=$!; echo "daemon $child"; exec >&- 2>&-; read -r word; '
     'if [ "$word" = replace ]; then kill -9 "$child"; wait "$child"; exit; fi; '
@@ -74,8 +76,8 @@ class Daemon:
 
     async def _drain(self, output: asyncio.StreamReader) -> None:
         """Keep the daemon's pipe empty; its end means that the daemon is gone."""
-        async for raw in output:
-            logger.debug("p2pd: %s", raw.decode("utf-8", "replace").rstrip())
+        while said := await output.read(MAX_SAID):  # in pieces: a line could be longer than a reader of lines takes
+            logger.debug("p2pd: %s", said.decode("utf-8", "replace").rstrip())
         self.ended.set()
 
     @property
@@ -85,26 +87,28 @@ class Daemon:
 
     async def close(self, *, replace: bool = False) -> None:
         """End daemon and keeper; with ``replace`` at once, and the directory stays for the next one. Safe to repeat."""
-        if self._draining is not None:
-            self._draining.cancel()
-            await asyncio.gather(self._draining, return_exceptions=True)
         keeper, self._keeper = self._keeper, None
         if keeper is None:
             return
-        if keeper.returncode is not None:
-            self._end_orphan()
         assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        # To its end, which comes with the daemon's: else the pipe would outlive a loop that is closed after this.
+        draining = self._draining or asyncio.create_task(self._drain(keeper.stdout))
         with contextlib.suppress(OSError):
             if replace:
                 keeper.stdin.write(b"replace\n")
                 await keeper.stdin.drain()
             keeper.stdin.close()
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await keeper.wait()
-        except TimeoutError:
-            keeper.kill()
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await keeper.wait()
+            except TimeoutError:
+                keeper.kill()
             self._end_orphan()
+            await asyncio.wait([draining], timeout=LAST_WORDS_S)
+        finally:
+            draining.cancel()
         if replace:
             self.socket.unlink(missing_ok=True)
 

@@ -65,9 +65,9 @@ def test_no_process_socket_or_directory_is_left(bloom: Path, tmp_path: Path, end
         process.stdin.flush()
     process.wait(30)
     deadline = time.monotonic() + 15
-    while time.monotonic() < deadline and (any(_runs(child) for child in family) or directories() - before):
+    while time.monotonic() < deadline and (any(runs(child) for child in family) or directories() - before):
         time.sleep(0.1)
-    assert [child.pid for child in family if _runs(child)] == []
+    assert [child.pid for child in family if runs(child)] == []
     assert directories() - before == set()
     assert (process.returncode == 0) is (ending == "normal")
     process.stdin.close()
@@ -83,9 +83,9 @@ def test_killed_server_leaves_no_daemon_and_no_directory(bloom: Path) -> None:
         assert len(family) == 2
         os.kill(local.servers[0].pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and (any(_runs(child) for child in family) or directories() - before):
+        while time.monotonic() < deadline and (any(runs(child) for child in family) or directories() - before):
             time.sleep(0.1)
-        assert not any(_runs(child) for child in family)
+        assert not any(runs(child) for child in family)
         assert directories() - before == set()
 
 
@@ -97,20 +97,20 @@ def test_killed_server_leaves_nothing_of_a_daemon_that_took_anothers_place(bloom
         first = descendants(local.servers[0].pid)
         next(child for child in first if child.name() == "p2pd").kill()
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and (any(_runs(child) for child in first) or len(_daemons(local.servers[0].pid)) != 1):
+        while time.monotonic() < deadline and (any(runs(child) for child in first) or len(_daemons(local.servers[0].pid)) != 1):
             time.sleep(0.1)
-        assert not any(_runs(child) for child in first), "the old keeper goes too"
+        assert not any(runs(child) for child in first), "the old keeper goes too"
         family = descendants(local.servers[0].pid)
         assert len(family) == 2
         os.kill(local.servers[0].pid, signal.SIGKILL)
-        while time.monotonic() < deadline and (any(_runs(child) for child in family) or directories() - before):
+        while time.monotonic() < deadline and (any(runs(child) for child in family) or directories() - before):
             time.sleep(0.1)
-        assert not any(_runs(child) for child in family)
+        assert not any(runs(child) for child in family)
         assert directories() - before == set()
 
 
 def _daemons(pid: int) -> list[psutil.Process]:
-    return [child for child in descendants(pid) if _runs(child) and child.name() == "p2pd"]
+    return [child for child in descendants(pid) if runs(child) and child.name() == "p2pd"]
 
 
 def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(bloom: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(bloom: Path) ->
     assert "Traceback" not in done.stderr
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

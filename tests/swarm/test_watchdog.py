@@ -24,6 +24,7 @@ from swarmtune.transport.base import TransportError
 from swarmtune.transport.hivemind import HivemindNode
 from tests.chaos.processes import daemon_of
 from tests.harness import batch, lora, make_handler, remote, same_bits, set_values, step
+from tests.swarm.test_leftovers import runs
 from tests.swarm.test_serving import serve
 
 pytestmark = pytest.mark.swarm
@@ -175,6 +176,29 @@ def test_a_listening_node_keeps_the_port_that_it_was_given() -> None:
 
     before, after = asyncio.run(run())
     assert before == after
+
+
+def test_a_daemon_is_gone_with_its_pipe_once_its_node_is_closed_even_if_its_keeper_was_killed() -> None:
+    """A pipe that outlives its loop was a warning of Python's much later, in whatever ran then."""
+
+    def pipes() -> int:
+        return sum(os.readlink(entry).startswith("pipe:") for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+
+    async def run() -> list[bool]:
+        before = pipes()
+        node = await HivemindNode().start()
+        assert pipes() > before
+        assert node.daemon_pid is not None
+        daemon = psutil.Process(node.daemon_pid)
+        keeper = daemon.parent()
+        assert keeper is not None
+        keeper.kill()
+        await node.close()
+        assert pipes() == before
+        return [runs(process) for process in (keeper, daemon)]
+
+    for _ in range(3):
+        assert asyncio.run(run()) == [False, False]
 
 
 async def until(condition: Callable[[], bool]) -> None:
