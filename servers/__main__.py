@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
     # Threads that wait for each other spin for milliseconds on cores that another server or the client needs: two servers took five times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Compilers that torch starts as processes outlive a kill; in whichever thread it compiles, so no setting of one thread.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     parent: Parent | None = None
     stop = Stop().arm()
     words = list(sys.argv[1:] if argv is None else argv)

@@ -7,6 +7,7 @@ refused before it begins, and runs eagerly.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -42,6 +43,7 @@ GIVE_WAY_S = 5.0
 """How long the next compilation waits at most for who was refused because of the one before, and will ask again."""
 MAX_UNLOADABLE = 8
 """Libraries of one class that are made again because they could not be loaded."""
+CPP_LIBRARY = "libstdc++.so.6"
 CLOSE_S = 60.0
 NICE = 10
 """Of the compiling thread: calls go first."""
@@ -176,16 +178,16 @@ class Compiler:
                 with self._lock:
                     self._rehearse(known.program, call)
             except Exception as error:  # whatever it is, these calls run eagerly as before
+                why = " ".join((str(error) or type(error).__name__).split("\n", 2)[:2])[:300]  # the first line may only say that there are more
                 library = unloadable(error)
                 if library is not None and known.unloadable < MAX_UNLOADABLE:
                     known.unloadable += 1
-                    library.unlink(missing_ok=True)
+                    logger.info("%s are compiled again: %s", what, why)
+                    remove_unloadable(library)
                     self._wanted.put((known, call))
-                    logger.info("%s are compiled again: %s could not be loaded", what, library)
                     continue
                 known.program = None
-                why = " ".join((str(error) or type(error).__name__).split("\n", 2)[:2])  # the first line may only say that there are more
-                logger.warning("%s could not be compiled, so they go on eagerly: %s", what, why[:300])
+                logger.warning("%s could not be compiled, so they go on eagerly: %s", what, why)
             else:
                 known.ready = True
                 logger.info("compiled %s in %.0f s", what, time.monotonic() - began)
@@ -222,6 +224,21 @@ def unloadable(error: BaseException | None) -> Path | None:
             return Path(found[1]) if compiled and Path(os.path.realpath(found[1])).is_relative_to(os.path.realpath(compiled)) else None
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return None
+
+
+def remove_unloadable(library: Path) -> None:
+    """Remove a library that could not be loaded, and do what helps the next ones, whatever the reason.
+
+    They are compiled without a precompiled header, and find the library of C++ here even if the linker has not noted that they need it.
+    """
+    import torch._inductor.config
+
+    with suppress(OSError):
+        logger.info("%s names %s library of C++", library, "the" if CPP_LIBRARY.encode() in library.read_bytes() else "no")
+        library.unlink()
+    torch._inductor.config.cpp_cache_precompile_headers = False
+    with suppress(OSError):  # there it has another name
+        ctypes.CDLL(CPP_LIBRARY, mode=ctypes.RTLD_GLOBAL)
 
 
 def _patches() -> dict[str, Any] | None:
@@ -266,3 +283,19 @@ def prepare_torch() -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
     torch._inductor.config.compile_threads = 1  # more would be processes of their own, that outlive a kill
+    _keep_headers_here()
+
+
+def _keep_headers_here() -> None:
+    """Precompiled headers lie beside what else is compiled: torch keeps them for everybody, and takes a half written one for a whole one."""
+    import torch._inductor.config
+    from torch._inductor import codecache
+
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if compiled is None:
+        return
+    if all(hasattr(codecache, name) for name in ("_HEADER_DIR", "_HEADER_LOCK_DIR")):
+        codecache._HEADER_DIR = os.path.join(compiled, "precompiled_headers")
+        codecache._HEADER_LOCK_DIR = os.path.join(codecache._HEADER_DIR, "locks")
+    else:
+        torch._inductor.config.cpp_cache_precompile_headers = False

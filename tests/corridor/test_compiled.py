@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -246,6 +248,35 @@ def test_a_library_of_others_is_never_removed(tmp_path: Path, monkeypatch: pytes
     assert unloadable(RuntimeError(f"{own}/a/b.so: f")) is None
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     assert unloadable(ImportError(f"{own}/a/b.so: undefined symbol: f")) is None
+
+
+LOAD = """
+import ctypes, sys, torch._inductor.config as config
+from pathlib import Path
+from servers.compiled import remove_unloadable
+broken = Path(sys.argv[1])
+try:
+    ctypes.CDLL(str(broken))
+except OSError as error:
+    assert "undefined symbol: _ZT" in str(error), error
+else:
+    raise AssertionError("this one should not have been loadable")
+again = broken.with_suffix(".again.so")
+again.write_bytes(broken.read_bytes())
+remove_unloadable(broken)
+assert not broken.exists()
+assert not config.cpp_cache_precompile_headers
+assert ctypes.CDLL(str(again)).digits(1234) == 4
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_after_a_library_without_the_one_of_cpp_the_next_one_finds_it(tmp_path: Path) -> None:
+    source, library = tmp_path / "digits.cpp", tmp_path / "digits.so"
+    source.write_text('#include <sstream>\nextern "C" int digits(int n) { std::ostringstream s; s << n; return s.str().size(); }\n')
+    subprocess.run(["g++", "-O3", "-shared", "-fPIC", "-nodefaultlibs", source, "-o", library], check=True)
+    found = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_who_was_refused_beside_a_compilation_comes_before_the_next_one(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
