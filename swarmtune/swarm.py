@@ -407,6 +407,8 @@ def connect(
             raise UsageError(f"{name} must be a positive integer, got {value!r}")
     if not isinstance(chaining, bool):
         raise UsageError(f"chaining must be True or False, got {chaining!r}")
+    if copies == Copies.ALL and not chaining:
+        raise UsageError("copies='all' asks for what servers hand on to each other, and with chaining=False they hand on nothing: use one of the two")
     for name, seconds in {"patience_s": patience_s, "call_timeout_s": call_timeout_s}.items():
         if not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
             raise UsageError(f"{name} must be a number of seconds above 0 and below a million, got {seconds!r}")

@@ -113,6 +113,7 @@ class Caller:
         self.counters, self.events = ChainCounters(), EventLog()
         self.running: dict[tuple[int, int], Hop] = {}
         self._compile, self._compiled = compile, set[tuple[str, BlockSpan]]()
+        self._said = set[str]()
         self._times = CallTimes()
         self._uploads = Uploads()
         self._released: dict[tuple[str, int], list[int]] = {}
@@ -175,6 +176,8 @@ class Caller:
                 self._times.add(purpose.kind, hop.span, tokens, seconds * share)
             self._directory.succeeded(hop, seconds * share, tokens)
             self.counters.compiled += result.compiled
+            if self._compile and not self._directory.has(hop.peer, COMPILES):
+                self.say_once(f"{self.label(hop.peer)} does not compile its blocks, so swarm.compile=auto changes nothing there")
             if graph is None:
                 self._notice_compiled(hop, result.compiled)
         return [result for result, _ in answers]
@@ -320,6 +323,12 @@ class Caller:
         detail = f"{self.label(hop.peer)} runs {'compiled' if compiled else 'eager'} code for blocks {hop.span} from now on: last digits are others"
         self.events.add(EventKind.COMPILED, detail, server=self.label(hop.peer), span=hop.span, at=now())
         logger.info("%s", detail)
+
+    def say_once(self, what: str) -> None:
+        """Warn of something that goes on, such as a setting without effect, the first time it is seen."""
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", what)
 
     def remaining_ms(self) -> int:
         """How long a call that begins now may take."""

@@ -40,7 +40,7 @@ from swarmtune.transport.base import Transport
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan, Copies, Pipeline
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult
+from swarmtune.wire.messages import KEEPS_GRAPHS, SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -358,6 +358,8 @@ class Chain:
             if not pinned or not self._directory.usable(pinned):
                 pinned = await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience, work.lane)
                 work.routes[work.lane, position, span.stop] = pinned
+                if work.lane and pinned == work.routes.get((0, position, span.stop)):
+                    self.caller.say_once(f"swarm.lanes={self.settings.lanes}, but no second servers for blocks {position}:{span.stop} are worth it")
             hops = list(pinned)
             hops = hops if work.chaining and self._directory.in_touch(hops) else hops[:1]
             calls = [work.forward_call(hop.span, hidden_BTH, self._directory.model) for hop in hops]
@@ -369,13 +371,21 @@ class Chain:
                 self._after(fault, work.patience)
                 work = replace(work, chaining=False)
                 continue
-            self._lost.update(
-                {hop.peer: self._turn for hop, call, result in zip(hops, calls, results, strict=True) if call.keep and not result.handle}
-            )
+            for hop, call, result in zip(hops, calls, results, strict=True):
+                if call.keep and not result.handle:
+                    self._lost[hop.peer] = self._turn
+                    self._tell_unkept(hop)
             legs += self._legs(hops, hidden_BTH, results)
             position, work = hops[-1].span.stop, replace(work, patience=self._patience())
             hidden_BTH = _present(results[-1].hidden_BTH)
         return legs, hidden_BTH
+
+    def _tell_unkept(self, hop: Hop) -> None:
+        if self._directory.has(hop.peer, KEEPS_GRAPHS):
+            self.caller.say_once(
+                f"{self.caller.label(hop.peer)} has no room to keep what a backward needs, so its backwards run their blocks forward again: "
+                "give it more activation_gib, or make swarm.micro_batch_tokens smaller"
+            )
 
     def _copies(self, hops: Sequence[Hop]) -> list[bool]:
         """Of which hops the output is wanted here, too: of those before and after a server that may need its input again."""

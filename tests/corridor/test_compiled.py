@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import subprocess
@@ -138,6 +139,15 @@ def test_compiled_products_go_to_onednn_forward_and_backward(bloom: Path, monkey
 def test_a_torch_that_keeps_elsewhere_what_products_need_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "servers.products", None)
     assert compiled._patches() is None
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_server_that_does_not_compile_is_told_once(bloom: Path, caplog: pytest.LogCaptureFixture, asked: bool) -> None:
+    with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom, ["0:4"], compile=asked) as swarm:
+        model = remote(bloom, swarm, lora("bloom"))
+        for _ in range(2):
+            step(model, batch())
+    assert caplog.text.count("does not compile its blocks, so swarm.compile=auto changes nothing there") == asked
 
 
 def test_who_does_not_ask_is_served_eagerly(bloom: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import time
 import weakref
 from functools import partial
@@ -105,6 +106,16 @@ def test_graphs_that_are_lost_are_computed_again_and_said(bloom: Path, quiet: di
         assert recomputed(swarm) == 1
         assert forwards(swarm) == BLOCKS + 2
         assert same_bits(quiet, {name: parameter.grad for name, parameter in model.adapter.named_parameters()})
+
+
+@pytest.mark.parametrize(("budget_bytes", "told"), [(0, 2), (1 << 30, 0)])
+def test_servers_without_room_for_a_graph_are_told_once(bloom: Path, caplog: pytest.LogCaptureFixture, budget_bytes: int, told: int) -> None:
+    with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom) as swarm:
+        limit(swarm, budget_bytes)
+        model = prepared(bloom, swarm)
+        for _ in range(2):
+            step(model, batch())
+    assert caplog.text.count("has no room to keep what a backward needs, so its backwards run their blocks forward again") == told
 
 
 def test_a_full_budget_evicts_and_never_fails(bloom: Path) -> None:

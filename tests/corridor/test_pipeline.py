@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -378,6 +379,8 @@ def test_settings_are_checked() -> None:
         swarmtune.connect([peer], chaining="false")  # type: ignore[arg-type]
     with pytest.raises(swarmtune.errors.UsageError, match="copies must be one of none, auto, all, got 'some'"):
         swarmtune.connect([peer], copies="some")
+    with pytest.raises(swarmtune.errors.UsageError, match=r"copies='all' asks for .* with chaining=False"):
+        swarmtune.connect([peer], copies="all", chaining=False)
 
 
 # --- lanes: replicas share the micro-batches ----------------------------------------------------------------------------------
@@ -402,6 +405,15 @@ def test_lanes_go_over_replicas_and_the_sum_is_a_function_of_their_number(bloom:
         assert swarm.traffic().payload["down kwarg gradients"] == lanes * size
         assert same_bits(all_then_all, step(model, batch(rows=6))[2])
         assert swarm.traffic().retries == 0
+
+
+@pytest.mark.parametrize(("spans", "told"), [(["0:2", "2:4"], 1), (REPLICAS, 0)])
+def test_lanes_without_replicas_are_told_once(bloom: Path, caplog: pytest.LogCaptureFixture, spans: list[str], told: int) -> None:
+    with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom, spans, micro_batch_tokens=10, lanes=2) as swarm:
+        model = prepared(bloom, swarm)
+        for _ in range(2):
+            pipelined(model, batch())
+    assert caplog.text.count("swarm.lanes=2, but no second servers for blocks 0:4 are worth it") == told
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])
