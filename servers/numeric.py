@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from functools import cache
 from importlib.metadata import version
@@ -12,6 +13,10 @@ import torch
 from transformers import PretrainedConfig
 
 from swarmtune.wire.frames import dump_json
+
+_MATH, _ISA = "DEFAULT_FPMATH_MODE", "MAX_CPU_ISA"
+VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", f"ONEDNN_{_ISA}", f"DNNL_{_ISA}", f"ONEDNN_{_MATH}", f"DNNL_{_MATH}")
+"""By which whoever starts a server makes its libraries compute otherwise."""
 
 
 def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, device: torch.device, quantisation: str = "none") -> dict[str, str]:
@@ -40,7 +45,7 @@ def numeric_class(facts: dict[str, str]) -> str:
 
 
 def cpu_hardware() -> str:
-    """What libraries choose their code for this CPU by, where no variable of theirs says otherwise.
+    """What libraries choose their code for this CPU by, with the variables that say otherwise.
 
     The make is part of it, because MKL takes other code on CPUs that are not Intel's.
     """
@@ -49,7 +54,9 @@ def cpu_hardware() -> str:
         "amx": torch.cpu._is_amx_tile_supported(),
         "mkldnn": torch.backends.mkldnn.is_available(),
     }
-    return " ".join([platform.machine(), cpu_vendor(), torch.backends.cpu.get_cpu_capability(), *(name for name, there in matrices.items() if there)])
+    variables = (f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name))
+    found = (name for name, there in matrices.items() if there)
+    return " ".join([platform.machine(), cpu_vendor(), torch.backends.cpu.get_cpu_capability(), *found, *variables])
 
 
 @cache

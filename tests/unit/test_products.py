@@ -174,3 +174,12 @@ def test_cpus_of_another_make_are_another_numeric_class(monkeypatch: pytest.Monk
         monkeypatch.setattr(numeric, "cpu_vendor", lambda vendor=vendor: vendor)
         found.append(numeric.cpu_hardware())
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_variables_that_change_what_libraries_compute_are_another_numeric_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = numeric.cpu_hardware()
+    monkeypatch.setenv(name, "COMPATIBLE")
+    assert numeric.cpu_hardware() == f"{before} {name}=COMPATIBLE"
+    monkeypatch.setenv(name, "")
+    assert numeric.cpu_hardware() == before
