@@ -7,7 +7,6 @@ refused before it begins, and runs eagerly.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -43,7 +42,6 @@ GIVE_WAY_S = 5.0
 """How long the next compilation waits at most for who was refused because of the one before, and will ask again."""
 MAX_UNLOADABLE = 8
 """Libraries of one class that are made again because they could not be loaded."""
-CPP_LIBRARY = "libstdc++.so.6"
 CLOSE_S = 60.0
 NICE = 10
 """Of the compiling thread: calls go first."""
@@ -182,8 +180,8 @@ class Compiler:
                 library = unloadable(error)
                 if library is not None and known.unloadable < MAX_UNLOADABLE:
                     known.unloadable += 1
+                    library.unlink(missing_ok=True)
                     logger.info("%s are compiled again: %s", what, why)
-                    remove_unloadable(library)
                     self._wanted.put((known, call))
                     continue
                 known.program = None
@@ -226,21 +224,6 @@ def unloadable(error: BaseException | None) -> Path | None:
     return None
 
 
-def remove_unloadable(library: Path) -> None:
-    """Remove a library that could not be loaded, and do what helps the next ones, whatever the reason.
-
-    They are compiled without a precompiled header, and find the library of C++ here even if the linker has not noted that they need it.
-    """
-    import torch._inductor.config
-
-    with suppress(OSError):
-        logger.info("%s names %s library of C++", library, "the" if CPP_LIBRARY.encode() in library.read_bytes() else "no")
-        library.unlink()
-    torch._inductor.config.cpp_cache_precompile_headers = False
-    with suppress(OSError):  # there it has another name
-        ctypes.CDLL(CPP_LIBRARY, mode=ctypes.RTLD_GLOBAL)
-
-
 def _patches() -> dict[str, Any] | None:
     """Settings of the compiler for this machine; none where this torch keeps elsewhere what they need."""
     try:
@@ -270,9 +253,19 @@ def cannot_compile(device: torch.device, dtype: torch.dtype, quantisation: str) 
         return f"blocks held in {quantisation} are not compiled"
     if dtype is torch.float16:
         return "a backward through float16 is tried at several scales, which compiled code does not allow"
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+    if device.type == "cpu" and cpp_compiler() is None:
         return "there is no C++ compiler (g++ or clang++)"
     return ""
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler of this machine: ``CXX``, or what is usual where that is not there, or is one of C, whose libraries lack that of C++.
+
+    PEFT sets it to ``gcc`` for as long as it compiles BOFT's extension, and leaves it so where that fails.
+    """
+    wanted = os.environ.get("CXX", "")
+    named = [] if re.fullmatch(r"(.*-)?(gcc|cc|clang)(-[\d.]+)?", os.path.basename(wanted)) else [wanted]
+    return next((name for name in (*named, "g++", "clang++") if shutil.which(name)), None)
 
 
 def prepare_torch() -> None:
@@ -283,6 +276,7 @@ def prepare_torch() -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
     torch._inductor.config.compile_threads = 1  # more would be processes of their own, that outlive a kill
+    torch._inductor.config.cpp.cxx = (None, cpp_compiler() or "g++")
     _keep_headers_here()
 
 

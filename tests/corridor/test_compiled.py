@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -260,33 +259,26 @@ def test_a_library_of_others_is_never_removed(tmp_path: Path, monkeypatch: pytes
     assert unloadable(ImportError(f"{own}/a/b.so: undefined symbol: f")) is None
 
 
-LOAD = """
-import ctypes, sys, torch._inductor.config as config
-from pathlib import Path
-from servers.compiled import remove_unloadable
-broken = Path(sys.argv[1])
-try:
-    ctypes.CDLL(str(broken))
-except OSError as error:
-    assert "undefined symbol: _ZT" in str(error), error
-else:
-    raise AssertionError("this one should not have been loadable")
-again = broken.with_suffix(".again.so")
-again.write_bytes(broken.read_bytes())
-remove_unloadable(broken)
-assert not broken.exists()
-assert not config.cpp_cache_precompile_headers
-assert ctypes.CDLL(str(again)).digits(1234) == 4
-"""
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_after_a_library_without_the_one_of_cpp_the_next_one_finds_it(tmp_path: Path) -> None:
-    source, library = tmp_path / "digits.cpp", tmp_path / "digits.so"
-    source.write_text('#include <sstream>\nextern "C" int digits(int n) { std::ostringstream s; s << n; return s.str().size(); }\n')
-    subprocess.run(["g++", "-O3", "-shared", "-fPIC", "-nodefaultlibs", source, "-o", library], check=True)
-    found = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+@pytest.mark.parametrize(
+    ("cxx", "there", "found"),
+    [
+        (None, {"g++", "clang++"}, "g++"),
+        ("", {"clang++"}, "clang++"),
+        ("/opt/bin/g++-13", {"/opt/bin/g++-13", "g++"}, "/opt/bin/g++-13"),
+        ("aarch64-linux-gnu-g++", {"aarch64-linux-gnu-g++", "g++"}, "aarch64-linux-gnu-g++"),
+        ("icpx", {"g++"}, "g++"),
+        ("gcc", {"gcc", "g++"}, "g++"),
+        ("/usr/bin/x86_64-linux-gnu-gcc-12", {"/usr/bin/x86_64-linux-gnu-gcc-12"}, None),
+        ("clang", {"clang", "clang++"}, "clang++"),
+        ("cc", {"cc"}, None),
+    ],
+)
+def test_the_compiler_is_one_of_cpp(cxx: str | None, there: set[str], found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    if cxx is not None:
+        monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    assert compiled.cpp_compiler() == found
 
 
 def test_who_was_refused_beside_a_compilation_comes_before_the_next_one(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,8 @@ def test_graphs_are_kept_as_the_keys_say(bloom: Path, tmp_path: Path, words: lis
 
 
 @pytest.mark.skipif(bool(cannot_compile(torch.device("cpu"), torch.float32, "none")), reason="no C++ compiler")
-def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloom: Path, tmp_path: Path) -> None:
+def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "gcc")  # as PEFT leaves it behind BOFT; torch would link without the library of C++
     with serve(tmp_path / "log", f"model={bloom}", "blocks=0:4", "dtype=float32", "threads=1", "listen=127.0.0.1") as server:
         with swarmtune.connect([server.ready()[5].split()[0]], compile="auto") as swarm:
             model = remote(bloom, swarm, lora("bloom"))
