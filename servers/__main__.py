@@ -223,7 +223,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     from servers.compiled import cannot_compile
     from servers.graphs import Graphs
     from servers.memory import GIB, activation_budget, check_fits, estimate, keep_what_is_freed
-    from servers.numeric import numeric_class, numeric_facts, pick_dtype
+    from servers.numeric import numeric_class, numeric_facts, pick_dtype, shortened_products
     from servers.span import Span
     from servers.weights import load_blocks
     from swarmtune.skeleton import check_identity, check_span, config_digest, load_config, stored_dtype
@@ -241,6 +241,8 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     dtype = pick_dtype(stored, device) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
     if config.dtype is Dtype.AUTO and dtype is not stored:
         logger.info("the model is stored in %s, which this %s is slow in: computing in %s", stored, device.type, dtype)
+    if said := shortened_products(dtype):
+        raise UsageError(f"{said} has float32 multiplied in a shorter type, of which clients would not know: unset it, or serve dtype=bfloat16")
     quantise = config.quantize.value
     if dtype is torch.float16 and device.type == "cpu":
         logger.warning("float16 is many times slower than float32 on a CPU (docs/quantization.md): use dtype=bfloat16")

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -164,6 +165,7 @@ class Compiler:
 
     def _work(self) -> None:
         prepare_torch()
+        prepare_compiler()
         with suppress(OSError):  # not every system knows threads by number
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (wanted := self._wanted.get()) is not None:
@@ -265,7 +267,8 @@ def cpp_compiler() -> str | None:
     """
     wanted = os.environ.get("CXX", "")
     named = [] if re.fullmatch(r"(.*-)?(gcc|cc|clang)(-[\d.]+)?", os.path.basename(wanted)) else [wanted]
-    return next((name for name in (*named, "g++", "clang++") if shutil.which(name)), None)
+    usual = ("clang++", "g++") if sys.platform == "darwin" else ("g++", "clang++")
+    return next((name for name in (*named, *usual) if shutil.which(name)), None)
 
 
 def prepare_torch() -> None:
@@ -276,20 +279,23 @@ def prepare_torch() -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
     torch._inductor.config.compile_threads = 1  # more would be processes of their own, that outlive a kill
-    torch._inductor.config.cpp.cxx = (None, cpp_compiler() or "g++")
-    _keep_headers_here()
 
 
-def _keep_headers_here() -> None:
-    """Precompiled headers lie beside what else is compiled: torch keeps them for everybody, and takes a half written one for a whole one."""
+def prepare_compiler() -> None:
+    """Which C++ compiler the calling thread takes, and where precompiled headers lie: beside what else is compiled.
+
+    Torch keeps these for everybody, and takes a half written one for a whole one.
+    """
     import torch._inductor.config
     from torch._inductor import codecache
 
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if compiled is None:
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        torch._inductor.config.cpp.cxx = (None, cpp_compiler() or "g++")
+        _ = codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR
+    except (AttributeError, ImportError) as error:
+        logger.info("compiled code is made as this torch does by itself: %s", error)
         return
-    if all(hasattr(codecache, name) for name in ("_HEADER_DIR", "_HEADER_LOCK_DIR")):
-        codecache._HEADER_DIR = os.path.join(compiled, "precompiled_headers")
-        codecache._HEADER_LOCK_DIR = os.path.join(codecache._HEADER_DIR, "locks")
-    else:
-        torch._inductor.config.cpp_cache_precompile_headers = False
+    headers = os.path.join(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir(), "precompiled_headers")
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = headers, os.path.join(headers, "locks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +13,29 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from swarmtune.notices import printable
 from swarmtune.wire.frames import dump_json
 
-_MATH, _ISA = "DEFAULT_FPMATH_MODE", "MAX_CPU_ISA"
-VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", f"ONEDNN_{_ISA}", f"DNNL_{_ISA}", f"ONEDNN_{_MATH}", f"DNNL_{_MATH}")
+CPU_VARIABLES = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    *(f"{library}_{what}" for library in ("ONEDNN", "DNNL") for what in ("CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE", "MAX_CPU_ISA")),
+)
+CUDA_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 """By which whoever starts a server makes its libraries compute otherwise."""
+EXACT = {
+    "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
+    "DNNL_DEFAULT_FPMATH_MODE": "STRICT",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
+}
+"""Those by which float32 can be multiplied in a shorter type, each with the value by which it is not."""
+MAX_VALUE = 40
 
 
 def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, device: torch.device, quantisation: str = "none") -> dict[str, str]:
     """What decides the bits of a result, for people to compare."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_hardware()
+    hardware = " ".join([torch.cuda.get_device_name(device), *_said_by(CUDA_VARIABLES)]) if device.type == "cuda" else cpu_hardware()
     library = {} if quantisation == "none" else {"bitsandbytes": version("bitsandbytes")}
     return {
         "model": model,
@@ -54,9 +68,26 @@ def cpu_hardware() -> str:
         "amx": torch.cpu._is_amx_tile_supported(),
         "mkldnn": torch.backends.mkldnn.is_available(),
     }
-    variables = (f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name))
+    variables = _said_by(CPU_VARIABLES if torch.backends.mkl.is_available() else (*CPU_VARIABLES, "OPENBLAS_CORETYPE"))
     found = (name for name, there in matrices.items() if there)
     return " ".join([platform.machine(), cpu_vendor(), torch.backends.cpu.get_cpu_capability(), *found, *variables])
+
+
+def _said_by(names: Sequence[str]) -> list[str]:
+    """Those of these variables that are set, with their values."""
+    values = {name: printable(os.environ.get(name, ""), MAX_VALUE).strip() for name in names}
+    return [f"{name}={value}" for name, value in values.items() if value]
+
+
+def shortened_products(dtype: torch.dtype) -> str | None:
+    """The variable by which whoever starts a server has float32 multiplied in a shorter type, with its value; ``None`` where there is none."""
+    if dtype is not torch.float32:
+        return None
+    for name, exact in EXACT.items():
+        for said in _said_by([name]):
+            if said.upper() != f"{name}={exact}":
+                return said
+    return None
 
 
 @cache

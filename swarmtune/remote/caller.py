@@ -113,7 +113,7 @@ class Caller:
         self.counters, self.events = ChainCounters(), EventLog()
         self.running: dict[tuple[int, int], Hop] = {}
         self._compile, self._compiled = compile, set[tuple[str, BlockSpan]]()
-        self._said = set[str]()
+        self._said = set[tuple[str, str]]()
         self._times = CallTimes()
         self._uploads = Uploads()
         self._released: dict[tuple[str, int], list[int]] = {}
@@ -177,7 +177,7 @@ class Caller:
             self._directory.succeeded(hop, seconds * share, tokens)
             self.counters.compiled += result.compiled
             if self._compile and not self._directory.has(hop.peer, COMPILES):
-                self.say_once(f"{self.label(hop.peer)} does not compile its blocks, so swarm.compile=auto changes nothing there")
+                self.say_once(("compile", hop.peer), f"{self.label(hop.peer)} does not compile its blocks: swarm.compile=auto changes nothing there")
             if graph is None:
                 self._notice_compiled(hop, result.compiled)
         return [result for result, _ in answers]
@@ -324,10 +324,10 @@ class Caller:
         self.events.add(EventKind.COMPILED, detail, server=self.label(hop.peer), span=hop.span, at=now())
         logger.info("%s", detail)
 
-    def say_once(self, what: str) -> None:
-        """Warn of something that goes on, such as a setting without effect, the first time it is seen."""
-        if what not in self._said:
-            self._said.add(what)
+    def say_once(self, kind: tuple[str, str], what: str) -> None:
+        """Warn of something that goes on, such as a setting without effect, the first time one of its kind is seen at a server (``""``: nobody's)."""
+        if kind not in self._said:
+            self._said.add(kind)
             logger.warning("%s", what)
 
     def remaining_ms(self) -> int:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ from swarmtune.transport.base import Transport
 from swarmtune.transport.clock import now
 from swarmtune.types import BlockSpan, Copies, Pipeline
 from swarmtune.wire.initial import MAX_INITIAL, InitialCall, InitialResult
-from swarmtune.wire.messages import KEEPS_GRAPHS, SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult
+from swarmtune.wire.messages import KEEPS_GRAPHS, SUMS_GRADIENTS, AdapterSpec, SpanCall, SpanResult, fits_an_answer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -169,6 +169,7 @@ class Chain:
         routes: dict[tuple[int, int, int], Sequence[Hop]] = {}
         works = [replace(self._work(batch, page, "forward", input_grad), routes=routes) for batch in micro]
         found = await self._all(micro, page, ["forward"], [self._forward_span(work, self._whole, work.batch.hidden_BTH) for work in works])
+        self._tell_lanes(routes)
         page.end("forward")
         return found
 
@@ -235,6 +236,7 @@ class Chain:
         except BaseException:
             self.caller.release(left)
             raise
+        self._tell_lanes(routes)
         page.end("forward")
         page.end("backward", lowest)
         return inputs, found
@@ -358,8 +360,6 @@ class Chain:
             if not pinned or not self._directory.usable(pinned):
                 pinned = await self._route(BlockSpan(position, span.stop), work.batch.tokens, work.patience, work.lane)
                 work.routes[work.lane, position, span.stop] = pinned
-                if work.lane and pinned == work.routes.get((0, position, span.stop)):
-                    self.caller.say_once(f"swarm.lanes={self.settings.lanes}, but no second servers for blocks {position}:{span.stop} are worth it")
             hops = list(pinned)
             hops = hops if work.chaining and self._directory.in_touch(hops) else hops[:1]
             calls = [work.forward_call(hop.span, hidden_BTH, self._directory.model) for hop in hops]
@@ -374,17 +374,33 @@ class Chain:
             for hop, call, result in zip(hops, calls, results, strict=True):
                 if call.keep and not result.handle:
                     self._lost[hop.peer] = self._turn
-                    self._tell_unkept(hop)
+                    self._tell_unkept(hop, call)
             legs += self._legs(hops, hidden_BTH, results)
             position, work = hops[-1].span.stop, replace(work, patience=self._patience())
             hidden_BTH = _present(results[-1].hidden_BTH)
         return legs, hidden_BTH
 
-    def _tell_unkept(self, hop: Hop) -> None:
-        if self._directory.has(hop.peer, KEEPS_GRAPHS):
+    def _tell_lanes(self, routes: Mapping[tuple[int, int, int], Sequence[Hop]]) -> None:
+        """Say once if lanes have nowhere to go, as far as this pass shows it: nobody failed, and nobody is left alone for a while."""
+        whole = [tuple(hops) for (_, start, stop), hops in routes.items() if BlockSpan(start, stop) == self._whole]
+        if len(whole) == len(routes) > 1 and len(set(whole)) == 1 and self._directory.all_usable():
+            self.caller.say_once(("lanes", ""), f"swarm.lanes={self.settings.lanes} changes nothing: no other servers are worth the way")
+
+    def _tell_unkept(self, hop: Hop, call: SpanCall) -> None:
+        if self._directory.has(hop.peer, KEEPS_GRAPHS) and fits_an_answer(call):
             self.caller.say_once(
-                f"{self.caller.label(hop.peer)} has no room to keep what a backward needs, so its backwards run their blocks forward again: "
-                "give it more activation_gib, or make swarm.micro_batch_tokens smaller"
+                ("room", hop.peer),
+                f"{self.caller.label(hop.peer)} had no room for the graph of {hop.span}, so the backward runs these blocks forward again: "
+                "where that is the rule, give it more activation_gib, or make swarm.micro_batch_tokens smaller",
+            )
+
+    def _tell_lost(self, peer: str) -> None:
+        """Say once if a server loses graphs in one pass after the other."""
+        if self._lost.get(peer) == self._turn - 1:
+            self.caller.say_once(
+                ("lost", peer),
+                f"{self.caller.label(peer)} loses graphs before their backwards come, so their blocks run forward again: "
+                "give it more activation_gib or activation_ttl_s, or make swarm.max_in_flight smaller",
             )
 
     def _copies(self, hops: Sequence[Hop]) -> list[bool]:
@@ -576,6 +592,7 @@ class Chain:
             over = patience.wait_for(fault.retry_s, fault)
         elif isinstance(fault, GraphLost | TensorsLost):
             if isinstance(fault, GraphLost):
+                self._tell_lost(fault.peer)
                 self._lost[fault.peer] = self._turn
             over = patience.count(fault)  # it gets next what it lacks
         elif isinstance(fault, PeerDraining | PeerCutOff):

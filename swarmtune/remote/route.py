@@ -245,6 +245,10 @@ class Directory:
         """Whether all of these may be asked now."""
         return all(self.holder(hop.peer, hop.span) is not None for hop in hops)
 
+    def all_usable(self) -> bool:
+        """Whether nobody who is known is left alone for a while."""
+        return all(peer.usable() for peer in self.known.values())
+
     def holder(self, name: str, span: BlockSpan) -> Hop | None:
         """One server as the route of ``span``, if it may be asked for it now."""
         peer = self.known.get(name)

@@ -45,8 +45,10 @@ class Daemon:
         self.socket = directory / f"daemon-{number}.sock"
         self.pid = 0
         self.ended = asyncio.Event()
+        self._spawning: asyncio.Task[asyncio.subprocess.Process] | None = None
         self._keeper: asyncio.subprocess.Process | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self, binary: Path, key: Path, flags: Sequence[str]) -> None:
         """Start it and wait until it says who it is.
@@ -55,11 +57,13 @@ class Daemon:
             ServerStartFailed: it ended; with its last words.
         """
         command = [str(binary), f"-id={key}", f"-listen=/unix{self.socket}", *flags]
-        self._keeper = keeper = await asyncio.create_subprocess_exec(
+        self._spawning = asyncio.create_task(asyncio.create_subprocess_exec(
             "/bin/sh", "-c", KEEPER, "swarmtune-keeper", str(self._directory), *command,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, close_fds=True,
             env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": str(self._directory), "GOLOG_LOG_LEVEL": "error"},
-        )  # fmt: skip
+        ))  # fmt: skip
+        # Cancelled by itself, it would kill the keeper, leave the daemon that this has started, and wait for the end of it.
+        self._keeper = keeper = await asyncio.shield(self._spawning)
         assert keeper.stdout is not None
         last = "it ended at once"
         async for raw in keeper.stdout:
@@ -86,29 +90,37 @@ class Daemon:
         return self.ended.is_set() or (self._keeper is not None and self._keeper.returncode is not None)
 
     async def close(self, *, replace: bool = False) -> None:
-        """End daemon and keeper; with ``replace`` at once, and the directory stays for the next one. Safe to repeat."""
-        keeper, self._keeper = self._keeper, None
-        if keeper is None:
+        """End daemon and keeper; with ``replace`` at once, and the directory stays for the next one. Safe to repeat; cancelled, it goes on."""
+        if self._spawning is None:
             return
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(self._spawning, replace))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, spawning: asyncio.Task[asyncio.subprocess.Process], replace: bool) -> None:
+        try:
+            keeper = await spawning
+        except OSError:
+            return  # nothing was started, which start has said
         assert keeper.stdin is not None
         assert keeper.stdout is not None
         # To its end, which comes with the daemon's: else the pipe would outlive a loop that is closed after this.
         draining = self._draining or asyncio.create_task(self._drain(keeper.stdout))
-        with contextlib.suppress(OSError):
-            if replace:
-                keeper.stdin.write(b"replace\n")
-                await keeper.stdin.drain()
-            keeper.stdin.close()
         try:
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await keeper.wait()
-            except TimeoutError:
-                keeper.kill()
+            with contextlib.suppress(OSError):
+                if replace:
+                    keeper.stdin.write(b"replace\n")
+                    await keeper.stdin.drain()
+                keeper.stdin.close()
+            if not await _ended(keeper, CLOSE_TIMEOUT_S):
+                with contextlib.suppress(ProcessLookupError):
+                    keeper.kill()
+                await _ended(keeper, LAST_WORDS_S)
             self._end_orphan()
             await asyncio.wait([draining], timeout=LAST_WORDS_S)
         finally:
             draining.cancel()
+            keeper._transport.close()  # type: ignore[attr-defined]  # its pipes, where somebody else holds their other ends
         if replace:
             self.socket.unlink(missing_ok=True)
 
@@ -117,3 +129,12 @@ class Daemon:
         with contextlib.suppress(OSError):
             if self.pid and str(self._directory).encode() in Path(f"/proc/{self.pid}/cmdline").read_bytes():
                 os.kill(self.pid, signal.SIGKILL)
+
+
+async def _ended(process: asyncio.subprocess.Process, limit_s: float) -> bool:
+    """Wait until a process has ended; ``Process.wait`` also waits until nobody holds its pipes."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while process.returncode is None:
+                await asyncio.sleep(0.005)
+    return process.returncode is not None

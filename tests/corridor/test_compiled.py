@@ -146,7 +146,7 @@ def test_a_server_that_does_not_compile_is_told_once(bloom: Path, caplog: pytest
         model = remote(bloom, swarm, lora("bloom"))
         for _ in range(2):
             step(model, batch())
-    assert caplog.text.count("does not compile its blocks, so swarm.compile=auto changes nothing there") == asked
+    assert caplog.text.count("does not compile its blocks: swarm.compile=auto changes nothing there") == asked
 
 
 def test_who_does_not_ask_is_served_eagerly(bloom: Path) -> None:
@@ -278,7 +278,22 @@ def test_the_compiler_is_one_of_cpp(cxx: str | None, there: set[str], found: str
     if cxx is not None:
         monkeypatch.setenv("CXX", cxx)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(sys, "platform", "linux")
     assert compiled.cpp_compiler() == found
+
+
+def test_clang_goes_first_where_torch_expects_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert compiled.cpp_compiler() == "clang++"
+
+
+def test_a_torch_without_these_settings_compiles_as_it_does_by_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delattr("torch._inductor.codecache._HEADER_DIR")
+    with caplog.at_level(logging.INFO, "servers"):
+        compiled.prepare_compiler()
+    assert "as this torch does by itself" in caplog.text
 
 
 def test_who_was_refused_beside_a_compilation_comes_before_the_next_one(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:

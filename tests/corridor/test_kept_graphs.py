@@ -115,7 +115,29 @@ def test_servers_without_room_for_a_graph_are_told_once(bloom: Path, caplog: pyt
         model = prepared(bloom, swarm)
         for _ in range(2):
             step(model, batch())
-    assert caplog.text.count("has no room to keep what a backward needs, so its backwards run their blocks forward again") == told
+    assert caplog.text.count("had no room for the graph of") == told
+
+
+def test_more_room_is_not_asked_for_where_it_would_not_help(bloom: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server keeps no graph either whose gradients would be too large for one answer."""
+    for module in ("servers.span", "swarmtune.remote.chain"):
+        monkeypatch.setattr(f"{module}.fits_an_answer", lambda _: False)
+    with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom) as swarm:
+        step(prepared(bloom, swarm), batch())
+    assert "had no room" not in caplog.text
+
+
+def test_a_server_that_loses_graphs_in_each_step_is_told_once(bloom: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = []
+    with caplog.at_level(logging.WARNING, "swarmtune"), one_by_one(bloom, micro_batch_tokens=10) as swarm:
+        model = prepared(bloom, swarm)
+        loss = model(**batch()).loss
+        limit(swarm, min(handler.graphs.held_bytes for handler in handlers(swarm)) // 2)
+        loss.backward()
+        for _ in range(3):
+            step(model, batch())
+            said.append(caplog.text.count("loses graphs before their backwards come"))
+    assert said == [0, 2, 2]
 
 
 def test_a_full_budget_evicts_and_never_fails(bloom: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -407,13 +408,41 @@ def test_lanes_go_over_replicas_and_the_sum_is_a_function_of_their_number(bloom:
         assert swarm.traffic().retries == 0
 
 
-@pytest.mark.parametrize(("spans", "told"), [(["0:2", "2:4"], 1), (REPLICAS, 0)])
-def test_lanes_without_replicas_are_told_once(bloom: Path, caplog: pytest.LogCaptureFixture, spans: list[str], told: int) -> None:
-    with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom, spans, micro_batch_tokens=10, lanes=2) as swarm:
+@pytest.mark.parametrize(
+    ("spans", "servers_of_lane", "resting", "told"),
+    [
+        (["0:2", "2:4"], [0, 0], False, 1),
+        (REPLICAS, [0, 1], False, 0),
+        (REPLICAS, [0, 0], False, 1),  # too slow, all of them
+        (REPLICAS, [0, 0], True, 0),  # for a moment only
+        (REPLICAS, [0, 1, 0], False, 0),
+    ],
+)
+def test_lanes_that_have_nowhere_to_go_are_told_once(
+    bloom: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    spans: list[str],
+    servers_of_lane: list[int],
+    resting: bool,
+    told: int,
+) -> None:
+    route = Directory.route
+
+    def chosen(directory: Directory, start: int, stop: int, tokens: int = 0, lane: int = 0) -> list[Hop]:
+        if resting:
+            directory.known["peer3"].busy_until = math.inf
+        return [
+            dataclasses.replace(hop, peer=f"peer{hop.span.start // 2 + 2 * servers_of_lane[lane]}") for hop in route(directory, start, stop, tokens)
+        ]
+
+    monkeypatch.setattr(Directory, "route", chosen)
+    lanes = len(servers_of_lane)
+    with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom, spans, micro_batch_tokens=10, lanes=lanes) as swarm:
         model = prepared(bloom, swarm)
-        for _ in range(2):
-            pipelined(model, batch())
-    assert caplog.text.count("swarm.lanes=2, but no second servers for blocks 0:4 are worth it") == told
+        for take in (pipelined, step, pipelined):
+            take(model, batch())
+    assert caplog.text.count(f"swarm.lanes={lanes} changes nothing") == told
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])

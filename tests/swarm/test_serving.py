@@ -176,7 +176,8 @@ def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloo
         assert "bitsandbytes" not in Path(f"/proc/{server.process.pid}/maps").read_text(), "nothing is quantised"
         (directory,) = Leftovers(server.process.pid).directories
         made = {path.suffix for path in (Path(directory) / "compiled").rglob("*")}
-        assert {".so", ".gch"} <= made, "with the precompiled header, which torch would keep for everybody"
+        assert ".so" in made
+        assert made & {".gch", ".pch"}, "with the precompiled header, which torch would keep for everybody"
         assert server.end(signal.SIGINT) == 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import os
 import signal
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hivemind.hivemind_cli
 import psutil
 import pytest
 import torch
@@ -21,6 +24,7 @@ from swarmtune.discovery.records import Announcement
 from swarmtune.errors import SwarmError
 from swarmtune.remote.events import EventKind
 from swarmtune.transport.base import TransportError
+from swarmtune.transport.daemon import CLOSE_TIMEOUT_S, Daemon
 from swarmtune.transport.hivemind import HivemindNode
 from tests.chaos.processes import daemon_of
 from tests.harness import batch, lora, make_handler, remote, same_bits, set_values, step
@@ -178,27 +182,78 @@ def test_a_listening_node_keeps_the_port_that_it_was_given() -> None:
     assert before == after
 
 
-def test_a_daemon_is_gone_with_its_pipe_once_its_node_is_closed_even_if_its_keeper_was_killed() -> None:
-    """A pipe that outlives its loop was a warning of Python's much later, in whatever ran then."""
+@pytest.mark.parametrize("whose", ["keeper", "nobody's"])
+def test_a_daemon_is_gone_with_its_pipe_once_its_node_is_closed(whose: str) -> None:
+    """Also if its keeper was killed. A pipe that outlives its loop was a warning of Python's much later, in whatever ran then."""
 
-    def pipes() -> int:
-        return sum(os.readlink(entry).startswith("pipe:") for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+    def pipes() -> set[str]:
+        found = set()
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(entry))
+        return {name for name in found if name.startswith("pipe:")}
 
-    async def run() -> list[bool]:
+    async def run() -> None:
+        gc.collect()
         before = pipes()
         node = await HivemindNode().start()
-        assert pipes() > before
+        own = pipes() - before
+        assert own
         assert node.daemon_pid is not None
         daemon = psutil.Process(node.daemon_pid)
         keeper = daemon.parent()
         assert keeper is not None
-        keeper.kill()
+        if whose == "keeper":
+            keeper.kill()
+        began = time.monotonic()
         await node.close()
-        assert pipes() == before
-        return [runs(process) for process in (keeper, daemon)]
+        assert time.monotonic() - began < CLOSE_TIMEOUT_S, "it waited for what an orphan holds open"
+        assert not own & pipes()
+        for process in (keeper, daemon):
+            await until(lambda process=process: not runs(process))  # type: ignore[misc]
 
     for _ in range(3):
-        assert asyncio.run(run()) == [False, False]
+        asyncio.run(run())
+
+
+def test_closing_a_daemon_goes_on_when_it_is_cancelled() -> None:
+    async def run() -> None:
+        node = await HivemindNode().start()
+        daemon = node._daemon
+        assert daemon is not None
+        process = psutil.Process(daemon.pid)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        closing = asyncio.create_task(daemon.close(replace=True))
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await asyncio.gather(daemon.close(), daemon.close())
+        assert not daemon.socket.exists()
+        await until(lambda: not runs(process))
+        began = time.monotonic()
+        await node.close()  # it is about to start another daemon
+        assert time.monotonic() - began < CLOSE_TIMEOUT_S
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2])
+def test_a_start_that_is_cancelled_leaves_nothing(after_s: float, tmp_path: Path) -> None:
+    async def run() -> None:
+        daemon = Daemon(tmp_path, 1)
+        binary = Path(hivemind.hivemind_cli.__path__[0]) / "p2pd"
+        starting = asyncio.create_task(daemon.start(binary, tmp_path / "identity", ["-noListenAddrs"]))
+        await asyncio.sleep(after_s)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        began = time.monotonic()
+        await daemon.close(replace=True)
+        assert time.monotonic() - began < CLOSE_TIMEOUT_S
+        await until(lambda: not [each for each in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(each.info["cmdline"] or ())])
+
+    asyncio.run(run())
+    gc.collect()
 
 
 async def until(condition: Callable[[], bool]) -> None:

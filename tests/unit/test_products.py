@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import BloomConfig
 
 from servers import numeric, products
 from servers.numeric import cpu_vendor
@@ -178,10 +179,46 @@ def test_cpus_of_another_make_are_another_numeric_class(monkeypatch: pytest.Monk
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_DEFAULT_FPMATH_MODE"])
+@pytest.fixture
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*numeric.CPU_VARIABLES, *numeric.CUDA_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_no_variables")
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_CPU_ISA_HINTS"])
 def test_variables_that_change_what_libraries_compute_are_another_numeric_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = numeric.cpu_hardware()
     monkeypatch.setenv(name, "COMPATIBLE")
     assert numeric.cpu_hardware() == f"{before} {name}=COMPATIBLE"
+    monkeypatch.setenv(name, "COMPATIBLE\n")
+    assert numeric.cpu_hardware() == f"{before} {name}=COMPATIBLE", "clients refuse what cannot be printed"
     monkeypatch.setenv(name, "")
     assert numeric.cpu_hardware() == before
+
+
+@pytest.mark.usefixtures("_no_variables")
+def test_variables_of_a_gpu_s_libraries_are_part_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    facts = numeric.numeric_facts(BloomConfig(), "m", torch.float32, torch.device("cuda"))
+    assert facts["hardware"] == "H200 CUBLAS_WORKSPACE_CONFIG=:4096:8"
+
+
+@pytest.mark.usefixtures("_no_variables")
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", True),
+        ("DNNL_DEFAULT_FPMATH_MODE", "any", True),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "strict", False),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", True),
+        ("NVIDIA_TF32_OVERRIDE", "0", False),
+        ("MKL_CBWR", "COMPATIBLE", False),
+    ],
+)
+def test_float32_that_is_multiplied_in_a_shorter_type_is_named(name: str, value: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numeric.shortened_products(torch.float32) is None
+    monkeypatch.setenv(name, value)
+    assert numeric.shortened_products(torch.float32) == (f"{name}={value}" if refused else None)
+    assert numeric.shortened_products(torch.bfloat16) is None
