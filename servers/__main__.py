@@ -23,6 +23,7 @@ from swarmtune.config import resolve_path
 from swarmtune.errors import ServerStartFailed, SwarmError, SwarmtuneError, UsageError, WireError
 from swarmtune.notices import printable
 from swarmtune.schema import Compile, Dtype, Quantize
+from swarmtune.startup import without_collecting
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +103,8 @@ async def _serve(config: ServeConfig, parent: Parent | None, stop: Stop) -> None
         if parent is None:
             check_port(config.listen, config.port, config.transport)
         logger.info("loading blocks %s of %s", config.blocks, config.model)
-        span, info = _load(config)
+        with without_collecting():
+            span, info = _load(config)
         stop.drain_first(asyncio.get_running_loop())
         await _serve_span(config, parent, stop, identity, span, info)
 

@@ -23,6 +23,7 @@ from swarmtune.model_files import count_blocks
 from swarmtune.notices import say
 from swarmtune.own_recipe import load_build
 from swarmtune.schema import Config, SwarmKind
+from swarmtune.startup import without_collecting
 from swarmtune.train.run_dir import CONFIG, HISTORY, locked, new_run_dir, writing
 from swarmtune.types import BlockSpan, gaps
 
@@ -82,6 +83,7 @@ def train(
                 save_yaml(config, run_dir / CONFIG)
         found = (lambda: list(peers)) if peers is not None else stack.enter_context(initial_peers(config, spans, run_dir / "servers"))
         swarm = stack.enter_context(_connect(config, found(), run_dir))
+        _import_heavy()
         from swarmtune.train.run import Run
 
         build = load_recipe(config.recipe)
@@ -158,8 +160,9 @@ def initial_peers(config: Config, spans: list[str], log_dir: Path) -> Iterator[C
 
 
 def _import_heavy() -> None:
-    for name in ("lightning", "peft", "swarmtune.train.run", "swarmtune.train.data"):
-        importlib.import_module(name)
+    with without_collecting():
+        for name in ("lightning", "peft", "swarmtune.train.run", "swarmtune.train.data", "swarmtune.transport.hivemind"):
+            importlib.import_module(name)
 
 
 def server_spans(config: Config, path: str) -> list[str]:
