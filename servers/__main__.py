@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
 import importlib.resources
 import logging
 import os
@@ -104,7 +105,9 @@ async def _serve(config: ServeConfig, parent: Parent | None, stop: Stop) -> None
             check_port(config.listen, config.port, config.transport)
         logger.info("loading blocks %s of %s", config.blocks, config.model)
         with without_collecting():
-            span, info = _load(config)
+            for name in ("peft", "servers.handler", "servers.weights", "swarmtune.discovery.dht", "swarmtune.transport.hivemind"):
+                importlib.import_module(name)
+        span, info = _load(config)
         stop.drain_first(asyncio.get_running_loop())
         await _serve_span(config, parent, stop, identity, span, info)
 
@@ -243,7 +246,7 @@ def _load(config: ServeConfig) -> tuple[Span, ServerInfo]:
     dtype = pick_dtype(stored, device) if config.dtype is Dtype.AUTO else getattr(torch, config.dtype.value)
     if config.dtype is Dtype.AUTO and dtype is not stored:
         logger.info("the model is stored in %s, which this %s is slow in: computing in %s", stored, device.type, dtype)
-    if said := shortened_products(dtype):
+    if said := shortened_products(dtype, device):
         raise UsageError(f"{said} has float32 multiplied in a shorter type, of which clients would not know: unset it, or serve dtype=bfloat16")
     quantise = config.quantize.value
     if dtype is torch.float16 and device.type == "cpu":

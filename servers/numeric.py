@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +18,10 @@ from swarmtune.wire.frames import dump_json
 CPU_VARIABLES = (
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
+    *(() if torch.backends.mkl.is_available() else ("OPENBLAS_CORETYPE",)),
     *(f"{library}_{what}" for library in ("ONEDNN", "DNNL") for what in ("CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE", "MAX_CPU_ISA")),
 )
 CUDA_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
-"""By which whoever starts a server makes its libraries compute otherwise."""
 EXACT = {
     "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
     "DNNL_DEFAULT_FPMATH_MODE": "STRICT",
@@ -30,12 +29,12 @@ EXACT = {
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
 }
 """Those by which float32 can be multiplied in a shorter type, each with the value by which it is not."""
-MAX_VALUE = 40
+MAX_VALUE = 200
 
 
 def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, device: torch.device, quantisation: str = "none") -> dict[str, str]:
     """What decides the bits of a result, for people to compare."""
-    hardware = " ".join([torch.cuda.get_device_name(device), *_said_by(CUDA_VARIABLES)]) if device.type == "cuda" else cpu_hardware()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_hardware()
     library = {} if quantisation == "none" else {"bitsandbytes": version("bitsandbytes")}
     return {
         "model": model,
@@ -50,6 +49,7 @@ def numeric_facts(config: PretrainedConfig, model: str, dtype: torch.dtype, devi
         "attention": str(config._attn_implementation or "sdpa"),
         "threads": str(torch.get_num_threads()),
         "mode": "eager",
+        **variables(device),
     }
 
 
@@ -59,7 +59,7 @@ def numeric_class(facts: dict[str, str]) -> str:
 
 
 def cpu_hardware() -> str:
-    """What libraries choose their code for this CPU by, with the variables that say otherwise.
+    """What libraries choose their code for this CPU by, where no variable of theirs says otherwise.
 
     The make is part of it, because MKL takes other code on CPUs that are not Intel's.
     """
@@ -68,26 +68,23 @@ def cpu_hardware() -> str:
         "amx": torch.cpu._is_amx_tile_supported(),
         "mkldnn": torch.backends.mkldnn.is_available(),
     }
-    variables = _said_by(CPU_VARIABLES if torch.backends.mkl.is_available() else (*CPU_VARIABLES, "OPENBLAS_CORETYPE"))
-    found = (name for name, there in matrices.items() if there)
-    return " ".join([platform.machine(), cpu_vendor(), torch.backends.cpu.get_cpu_capability(), *found, *variables])
+    return " ".join([platform.machine(), cpu_vendor(), torch.backends.cpu.get_cpu_capability(), *(name for name, there in matrices.items() if there)])
 
 
-def _said_by(names: Sequence[str]) -> list[str]:
-    """Those of these variables that are set, with their values."""
+def variables(device: torch.device) -> dict[str, str]:
+    """The variables by which whoever starts a server makes its libraries compute otherwise, with their values; those that are set."""
+    names = CUDA_VARIABLES if device.type == "cuda" else CPU_VARIABLES
     values = {name: printable(os.environ.get(name, ""), MAX_VALUE).strip() for name in names}
-    return [f"{name}={value}" for name, value in values.items() if value]
+    return {name: value for name, value in values.items() if value}
 
 
-def shortened_products(dtype: torch.dtype) -> str | None:
-    """The variable by which whoever starts a server has float32 multiplied in a shorter type, with its value; ``None`` where there is none."""
-    if dtype is not torch.float32:
-        return None
-    for name, exact in EXACT.items():
-        for said in _said_by([name]):
-            if said.upper() != f"{name}={exact}":
-                return said
-    return None
+def shortened_products(dtype: torch.dtype, device: torch.device) -> str | None:
+    """The variable that has float32 multiplied in a shorter type, with its value; ``None`` where there is none."""
+    found = variables(device)
+    if "ONEDNN_DEFAULT_FPMATH_MODE" in found:
+        found.pop("DNNL_DEFAULT_FPMATH_MODE", None)  # the older name of the same
+    short = (f"{name}={value}" for name, value in found.items() if name in EXACT and value.upper() != EXACT[name])
+    return next(short, None) if dtype is torch.float32 else None
 
 
 @cache

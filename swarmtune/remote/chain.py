@@ -141,6 +141,7 @@ class Chain:
         directory.chained = settings.chaining
         self.caller = Caller(transport, directory, settings.call_timeout_s, settings.codecs, settings.compile)
         self.counters, self.events = self.caller.counters, self.caller.events
+        self._same_lanes, self._evicted = 0, dict[str, int]()
         # Tickets of an earlier process with the same identity must not come again: a server may still hold gradients under them.
         self._turn, self._lost = 0, dict[str, int]()
         """The number of the pass, and that of the last one in which a server has lost a graph, or kept none."""
@@ -381,9 +382,14 @@ class Chain:
         return legs, hidden_BTH
 
     def _tell_lanes(self, routes: Mapping[tuple[int, int, int], Sequence[Hop]]) -> None:
-        """Say once if lanes have nowhere to go, as far as this pass shows it: nobody failed, and nobody is left alone for a while."""
+        """Say once if lanes have nowhere to go: in two passes in a row, of which the second knows how fast the first one's servers are.
+
+        A pass shows it that used all lanes from end to end, in which nobody failed, and after which nobody is left alone for a while.
+        """
         whole = [tuple(hops) for (_, start, stop), hops in routes.items() if BlockSpan(start, stop) == self._whole]
-        if len(whole) == len(routes) > 1 and len(set(whole)) == 1 and self._directory.all_usable():
+        same = len(whole) == len(routes) == self.settings.lanes > 1 and len(set(whole)) == 1 and self._directory.all_usable()
+        self._same_lanes = self._same_lanes + 1 if same else 0
+        if self._same_lanes == 2:
             self.caller.say_once(("lanes", ""), f"swarm.lanes={self.settings.lanes} changes nothing: no other servers are worth the way")
 
     def _tell_unkept(self, hop: Hop, call: SpanCall) -> None:
@@ -396,11 +402,12 @@ class Chain:
 
     def _tell_lost(self, peer: str) -> None:
         """Say once if a server loses graphs in one pass after the other."""
-        if self._lost.get(peer) == self._turn - 1:
+        before, self._evicted[peer] = self._evicted.get(peer), self._turn
+        if before == self._turn - 1:
             self.caller.say_once(
                 ("lost", peer),
                 f"{self.caller.label(peer)} loses graphs before their backwards come, so their blocks run forward again: "
-                "give it more activation_gib or activation_ttl_s, or make swarm.max_in_flight smaller",
+                "give it more activation_gib or activation_ttl_s, or train by swarm.pipeline=1f1b with a smaller swarm.max_in_flight",
             )
 
     def _copies(self, hops: Sequence[Hop]) -> list[bool]:

@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -81,6 +83,8 @@ class Daemon:
     async def _drain(self, output: asyncio.StreamReader) -> None:
         """Keep the daemon's pipe empty; its end means that the daemon is gone."""
         while said := await output.read(MAX_SAID):  # in pieces: a line could be longer than a reader of lines takes
+            if not self.pid and (found := re.search(rb"^daemon (\d+)$", said, re.MULTILINE)):
+                self.pid = int(found[1])  # of a start that was cancelled before
             logger.debug("p2pd: %s", said.decode("utf-8", "replace").rstrip())
         self.ended.set()
 
@@ -119,6 +123,10 @@ class Daemon:
             self._end_orphan()
             await asyncio.wait([draining], timeout=LAST_WORDS_S)
         finally:
+            if keeper.returncode is None:  # this is cancelled with its loop, or the keeper hangs: it would be killed at its work
+                self._end_orphan()
+                if not replace:
+                    shutil.rmtree(self._directory, ignore_errors=True)
             draining.cancel()
             keeper._transport.close()  # type: ignore[attr-defined]  # its pipes, where somebody else holds their other ends
         if replace:

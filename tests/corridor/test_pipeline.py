@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -409,39 +409,43 @@ def test_lanes_go_over_replicas_and_the_sum_is_a_function_of_their_number(bloom:
 
 
 @pytest.mark.parametrize(
-    ("spans", "servers_of_lane", "resting", "told"),
+    ("spans", "passes", "rows", "resting", "told"),
     [
-        (["0:2", "2:4"], [0, 0], False, 1),
-        (REPLICAS, [0, 1], False, 0),
-        (REPLICAS, [0, 0], False, 1),  # too slow, all of them
-        (REPLICAS, [0, 0], True, 0),  # for a moment only
-        (REPLICAS, [0, 1, 0], False, 0),
+        (["0:2", "2:4"], [[0, 0], [0, 0], [0, 0]], 4, False, 1),
+        (REPLICAS, [[0, 1], [0, 1]], 4, False, 0),
+        (REPLICAS, [[0, 0], [0, 0]], 4, False, 1),  # the others are too slow
+        (REPLICAS, [[0, 0], [0, 1], [0, 0]], 4, False, 0),  # nothing was known before the first pass
+        (REPLICAS, [[0, 0], [0, 0]], 4, True, 0),  # one rests, for a moment
+        (REPLICAS, [[0, 1, 0], [0, 1, 0]], 4, False, 0),
+        (REPLICAS, [[0, 0, 1], [0, 0, 1]], 2, False, 0),  # two micro-batches
     ],
 )
+@pytest.mark.parametrize("take", [pipelined, step])
 def test_lanes_that_have_nowhere_to_go_are_told_once(
     bloom: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     spans: list[str],
-    servers_of_lane: list[int],
+    passes: list[list[int]],
+    rows: int,
     resting: bool,
     told: int,
+    take: Callable[..., Any],
 ) -> None:
-    route = Directory.route
+    route, turn = Directory.route, 0
 
     def chosen(directory: Directory, start: int, stop: int, tokens: int = 0, lane: int = 0) -> list[Hop]:
         if resting:
             directory.known["peer3"].busy_until = math.inf
-        return [
-            dataclasses.replace(hop, peer=f"peer{hop.span.start // 2 + 2 * servers_of_lane[lane]}") for hop in route(directory, start, stop, tokens)
-        ]
+        hops = route(directory, start, stop, tokens)
+        return [dataclasses.replace(hop, peer=f"peer{hop.span.start // 2 + 2 * passes[turn][lane]}") for hop in hops]
 
     monkeypatch.setattr(Directory, "route", chosen)
-    lanes = len(servers_of_lane)
+    lanes = len(passes[0])
     with caplog.at_level(logging.WARNING, "swarmtune"), loopback(bloom, spans, micro_batch_tokens=10, lanes=lanes) as swarm:
         model = prepared(bloom, swarm)
-        for take in (pipelined, step, pipelined):
-            take(model, batch())
+        for turn in range(len(passes)):  # noqa: B007  # read by ``chosen``
+            take(model, batch(rows=rows))
     assert caplog.text.count(f"swarm.lanes={lanes} changes nothing") == told
 
 

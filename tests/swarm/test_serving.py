@@ -164,6 +164,16 @@ def test_graphs_are_kept_as_the_keys_say(bloom: Path, tmp_path: Path, words: lis
     assert same_bits(*found)
 
 
+def test_a_server_of_float32_does_not_multiply_in_a_shorter_type(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    words = [sys.executable, "-P", "-m", "servers", f"model={bloom}", "blocks=0:4", "dtype=float32", "listen=127.0.0.1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert "ONEDNN_DEFAULT_FPMATH_MODE=BF16 has float32 multiplied in a shorter type, of which clients would not know: unset it" in said
+
+
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(bool(cannot_compile(torch.device("cpu"), torch.float32, "none")), reason="no C++ compiler")
 def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "gcc")  # as PEFT leaves it behind BOFT; torch would link without the library of C++
@@ -172,7 +182,7 @@ def test_what_a_server_compiles_lies_in_its_directory_and_goes_away_with_it(bloo
             model = remote(bloom, swarm, lora("bloom"))
             for _ in range(2):
                 model(**batch()).loss.backward()
-            server.wait_for("compiled blocks 0:4", 120)
+            server.wait_for("compiled blocks 0:4", 240)  # at a low priority, beside other tests
         assert "bitsandbytes" not in Path(f"/proc/{server.process.pid}/maps").read_text(), "nothing is quantised"
         (directory,) = Leftovers(server.process.pid).directories
         made = {path.suffix for path in (Path(directory) / "compiled").rglob("*")}

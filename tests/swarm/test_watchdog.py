@@ -20,6 +20,7 @@ import torch
 
 import swarmtune
 from swarmtune.discovery.dht import DirectoryNode
+from swarmtune.discovery.identity import Identity
 from swarmtune.discovery.records import Announcement
 from swarmtune.errors import SwarmError
 from swarmtune.remote.events import EventKind
@@ -238,15 +239,38 @@ def test_closing_a_daemon_goes_on_when_it_is_cancelled() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its keeper may outlive the loop for a moment
+@pytest.mark.parametrize("after_s", [0.0, 0.001, 0.002, 0.01, 0.05])
+def test_a_loop_that_ends_while_a_daemon_closes_leaves_nothing(after_s: float, tmp_path: Path) -> None:
+    """A second Ctrl-C, for instance."""
+    directory = tmp_path / "node"
+    directory.mkdir()
+    (directory / "identity").write_bytes(Identity.generate().to_bytes())
+
+    async def run() -> psutil.Process:
+        daemon = Daemon(directory, 1)
+        await daemon.start(Path(hivemind.hivemind_cli.__path__[0]) / "p2pd", directory / "identity", ["-noListenAddrs"])
+        process = psutil.Process(daemon.pid)
+        asyncio.create_task(daemon.close())  # noqa: RUF006  # cancelled with the loop
+        await asyncio.sleep(after_s)
+        return process
+
+    process = asyncio.run(run())
+    gc.collect()
+    asyncio.run(until(lambda: not runs(process) and not directory.exists()))
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2])
 def test_a_start_that_is_cancelled_leaves_nothing(after_s: float, tmp_path: Path) -> None:
     async def run() -> None:
+        (tmp_path / "identity").write_bytes(Identity.generate().to_bytes())
         daemon = Daemon(tmp_path, 1)
         binary = Path(hivemind.hivemind_cli.__path__[0]) / "p2pd"
         starting = asyncio.create_task(daemon.start(binary, tmp_path / "identity", ["-noListenAddrs"]))
         await asyncio.sleep(after_s)
         starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
+        (ended,) = await asyncio.gather(starting, return_exceptions=True)
+        assert ended is None or isinstance(ended, asyncio.CancelledError)
         began = time.monotonic()
         await daemon.close(replace=True)
         assert time.monotonic() - began < CLOSE_TIMEOUT_S

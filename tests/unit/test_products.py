@@ -185,40 +185,51 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.usefixtures("_no_variables")
-@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_CPU_ISA_HINTS"])
-def test_variables_that_change_what_libraries_compute_are_another_numeric_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = numeric.cpu_hardware()
-    monkeypatch.setenv(name, "COMPATIBLE")
-    assert numeric.cpu_hardware() == f"{before} {name}=COMPATIBLE"
-    monkeypatch.setenv(name, "COMPATIBLE\n")
-    assert numeric.cpu_hardware() == f"{before} {name}=COMPATIBLE", "clients refuse what cannot be printed"
-    monkeypatch.setenv(name, "")
-    assert numeric.cpu_hardware() == before
-
-
-@pytest.mark.usefixtures("_no_variables")
-def test_variables_of_a_gpu_s_libraries_are_part_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    facts = numeric.numeric_facts(BloomConfig(), "m", torch.float32, torch.device("cuda"))
-    assert facts["hardware"] == "H200 CUBLAS_WORKSPACE_CONFIG=:4096:8"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.usefixtures("_no_variables")
 @pytest.mark.parametrize(
-    ("name", "value", "refused"),
+    ("device", "name"), [*((CPU, name) for name in numeric.CPU_VARIABLES), *((CUDA, name) for name in numeric.CUDA_VARIABLES)], ids=str
+)
+def test_variables_that_change_what_libraries_compute_are_another_numeric_class(
+    device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
+
+    def facts() -> dict[str, str]:
+        return numeric.numeric_facts(BloomConfig(), "m", torch.bfloat16, device)
+
+    before = facts()
+    for value, said in (("COMPATIBLE\n", "COMPATIBLE"), ("a\tb", "a b"), ("x" * 300, "x" * 199 + "…"), ("", None)):
+        monkeypatch.setenv(name, value)
+        assert facts() == (before if said is None else {**before, name: said}), "clients refuse what is long or cannot be printed"
+
+
+def test_the_variables_of_each_library_are_known() -> None:
+    assert {"MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_CPU_ISA_HINTS"} < set(numeric.CPU_VARIABLES)
+    assert {"NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"} < set(numeric.CUDA_VARIABLES)
+    assert set(numeric.EXACT) <= {*numeric.CPU_VARIABLES, *numeric.CUDA_VARIABLES}
+
+
+@pytest.mark.usefixtures("_no_variables")
+@pytest.mark.parametrize(
+    ("device", "set_to", "refused"),
     [
-        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", True),
-        ("DNNL_DEFAULT_FPMATH_MODE", "any", True),
-        ("ONEDNN_DEFAULT_FPMATH_MODE", "strict", False),
-        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", True),
-        ("NVIDIA_TF32_OVERRIDE", "0", False),
-        ("MKL_CBWR", "COMPATIBLE", False),
+        (CPU, {}, None),
+        (CPU, {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, "ONEDNN_DEFAULT_FPMATH_MODE=BF16"),
+        (CPU, {"DNNL_DEFAULT_FPMATH_MODE": "any"}, "DNNL_DEFAULT_FPMATH_MODE=any"),
+        (CPU, {"DNNL_DEFAULT_FPMATH_MODE": "any", "ONEDNN_DEFAULT_FPMATH_MODE": "strict"}, None),
+        (CPU, {"NVIDIA_TF32_OVERRIDE": "1", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "MKL_CBWR": "COMPATIBLE"}, None),
+        (CUDA, {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1"),
+        (CUDA, {"NVIDIA_TF32_OVERRIDE": "1"}, "NVIDIA_TF32_OVERRIDE=1"),
+        (CUDA, {"NVIDIA_TF32_OVERRIDE": "0", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, None),
     ],
 )
-def test_float32_that_is_multiplied_in_a_shorter_type_is_named(name: str, value: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert numeric.shortened_products(torch.float32) is None
-    monkeypatch.setenv(name, value)
-    assert numeric.shortened_products(torch.float32) == (f"{name}={value}" if refused else None)
-    assert numeric.shortened_products(torch.bfloat16) is None
+def test_float32_that_is_multiplied_in_a_shorter_type_is_named(
+    device: torch.device, set_to: dict[str, str], refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in set_to.items():
+        monkeypatch.setenv(name, value)
+    assert numeric.shortened_products(torch.float32, device) == refused
+    assert numeric.shortened_products(torch.bfloat16, device) is None

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 
 import pytest
 
+AGAIN = """
+import gc
 from swarmtune.startup import without_collecting
-
-SCRIPT = """
+assert gc.isenabled()
+with without_collecting():
+    assert not gc.isenabled()
+    with without_collecting():
+        assert not gc.isenabled()
+    assert not gc.isenabled(), "the outer one is not over"
+assert gc.isenabled()
+try:
+    with without_collecting():
+        import this_is_not_there
+except ImportError:
+    assert gc.isenabled()
+else:
+    raise AssertionError
+"""
+FROZEN = """
 import gc
 from swarmtune.startup import without_collecting
 assert gc.get_freeze_count() == 0
@@ -24,19 +39,8 @@ assert gc.get_freeze_count() <= frozen, "what comes later may become garbage"
 """
 
 
-def test_garbage_is_looked_for_again_whatever_happens() -> None:
-    assert gc.isenabled()
-    with without_collecting():
-        assert not gc.isenabled()
-        with without_collecting():
-            assert not gc.isenabled()
-        assert not gc.isenabled(), "the outer one is not over"
-    assert gc.isenabled()
-    with pytest.raises(ImportError), without_collecting():
-        raise ImportError
-    assert gc.isenabled()
-
-
-def test_only_the_first_objects_of_a_process_stay_out_of_collections() -> None:
-    found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", [AGAIN, FROZEN], ids=["garbage is looked for again", "only the first objects stay out"])
+def test_garbage_is_left_alone_for_a_while(script: str) -> None:
+    """In processes of their own: what is frozen stays so."""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
