@@ -159,9 +159,10 @@ class Caller:
             for hop in hops:
                 self._check_same(hop)
             generations = [self._transport.generation(hop.peer) for hop in hops]
-            answers = await self._answers(hops, calls, kept, limit_s, purpose.copies)
-            for hop, generation in zip(hops, generations, strict=True):
+            answers = await self._answers(hops, calls, kept, limit_s, purpose)
+            for hop, generation, call in zip(hops, generations, calls, strict=True):
                 self._check_same(hop, generation)  # a handle means nothing to another process
+                self._uploads.arrived(hop.peer, generation, call)
         except BaseException as error:
             self._failed(error, hops, calls, purpose, numbers, now() - began)
             raise
@@ -183,9 +184,10 @@ class Caller:
         return [result for result, _ in answers]
 
     async def _answers(
-        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None, copies: Sequence[bool]
+        self, hops: Sequence[Hop], calls: Sequence[SpanCall], kept: Sequence[KeptGraph | None], limit_s: float | None, purpose: Purpose
     ) -> list[tuple[SpanResult, Incoming]]:
         """Ask all at once; the first that fails ends the others."""
+        copies, step = purpose.copies, purpose.page.step
         tokens = [new_token() for _ in hops[1:]]
         done: set[int] = set()
 
@@ -195,7 +197,7 @@ class Caller:
             receive = Receive(tokens[index - 1], hops[index - 1].peer, moving.nbytes) if index else None
             copy = any(copies[index : index + 1]) and not last and calls[index + 1].keep and self._directory.has(hop.peer, COPIES)
             send = None if last else Send(hops[index + 1].peer, tokens[index], copy)
-            message = with_relay(self._message(hop, call, kept[index]), Relay(receive, send))
+            message = with_relay(self._message(hop, call, kept[index], step), Relay(receive, send))
             message = self._with_codec(hop, message, call)
             room = call.answer_bytes + 2 * ALIGNMENT  # compressed, a tensor has two parts
             reply, answer = await self.exchange(hop, message, room)
@@ -229,7 +231,7 @@ class Caller:
         """Put down what went wrong, and at whom."""
         for number, hop, call in zip(numbers, hops, calls, strict=True):
             purpose.page.fail(number, f"{type(error).__name__}: {error}")
-            self._uploads.failed(hop.peer, call)
+            self._uploads.failed(hop.peer, call, purpose.page.step)
         if not isinstance(error, PeerFault):
             return
         hop = next(hop for hop in hops if hop.peer == error.peer)
@@ -254,14 +256,14 @@ class Caller:
         codec = self.codecs.hidden if call.grad_BTH is None else self.codecs.gradient
         return message if codec is Codec.NONE else replace(message, fields={**message.fields, "answer_codec": str(codec)})
 
-    def _message(self, hop: Hop, call: SpanCall, kept: KeptGraph | None) -> Message:
+    def _message(self, hop: Hop, call: SpanCall, kept: KeptGraph | None, step: int) -> Message:
         remaining_ms = self.remaining_ms()
         if kept is not None:
             assert call.grad_BTH is not None, "only a backward uses a kept graph"
             return KeptCall(call.span, call.model, kept.handle, call.grad_BTH, call.input_grad, remaining_ms, call.sum).to_message()
         generation = self._transport.generation(hop.peer)
         stores = self._directory.has(hop.peer, STORES_TENSORS)
-        call = self._uploads.by_reference(hop.peer, generation, call) if stores else without_digests(call)
+        call = self._uploads.by_reference(hop.peer, generation, call, step) if stores else without_digests(call)
         if self._compile and self._directory.has(hop.peer, COMPILES):
             call = replace(call, compile=True)
         if call.keep and self._directory.has(hop.peer, KEEPS_GRAPHS):

@@ -40,12 +40,16 @@ class Uploads:
     """Which digests each server has been sent, over the connection that is open now. Only a hint: a server may have let them go."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], OrderedDict[str, None]] = {}
+        self._known: dict[tuple[str, int], OrderedDict[str, int | None]] = {}
+        """``None`` for what has arrived, else the step that is bringing it."""
         self._counted_at: dict[tuple[str, int], float] = {}
         self._losses: Counter[tuple[str, int]] = Counter()
 
-    def by_reference(self, peer: str, generation: int, call: SpanCall) -> SpanCall:
-        """The call without the tensors that this server has; what it brings counts as known from now on."""
+    def by_reference(self, peer: str, generation: int, call: SpanCall, step: int) -> SpanCall:
+        """The call without the tensors that this server has, or that another call of the same step is bringing.
+
+        What another step is bringing may never come: that step may have been interrupted.
+        """
         for key in [key for key in self._known if key[0] == peer and key[1] != generation]:
             del self._known[key], self._losses[key]
             self._counted_at.pop(key, None)
@@ -54,21 +58,29 @@ class Uploads:
         known = self._known.setdefault((peer, generation), OrderedDict())
         kwargs = []
         for kwarg in call.kwargs:
-            carried = not kwarg.digest or kwarg.digest not in known
+            carried = not kwarg.digest or known.get(kwarg.digest, math.nan) not in (None, step)
             kwargs.append(kwarg if carried else replace(kwarg, carried=False))
             if kwarg.digest:
-                known[kwarg.digest] = None
+                known[kwarg.digest] = step if carried else known[kwarg.digest]
                 known.move_to_end(kwarg.digest)
         while len(known) > MAX_KNOWN:
             known.popitem(last=False)
         return replace(call, kwargs=tuple(kwargs))
 
-    def failed(self, peer: str, call: SpanCall) -> None:
+    def arrived(self, peer: str, generation: int, call: SpanCall) -> None:
+        """A call was answered, so the server has what it carried or named."""
+        known = self._known.get((peer, generation), OrderedDict[str, int | None]())
+        for kwarg in call.kwargs:
+            if kwarg.digest in known:
+                known[kwarg.digest] = None
+
+    def failed(self, peer: str, call: SpanCall, step: int) -> None:
         """A call may not have brought what it carried."""
         for (name, _), known in self._known.items():
             if name == peer:
                 for kwarg in call.kwargs:
-                    known.pop(kwarg.digest, None)
+                    if known.get(kwarg.digest) in (None, step):
+                        known.pop(kwarg.digest, None)
 
     def missed(self, peer: str) -> None:
         """A server says that it does not have what it was given; all calls that find it out together count as one loss."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from servers.handler import CallHandler
+from swarmtune.errors import SwarmError
 from swarmtune.remote.events import EventKind
 from swarmtune.remote.uploads import MAX_LOSSES, TOGETHER_S, content_digest
 from swarmtune.swarm import Swarm
+from swarmtune.wire.frames import Encoded, Incoming
 from swarmtune.wire.messages import ServerInfo
 from tests.harness import Faults, batch, loopback, lora, remote, same_bits, set_values, step
 
@@ -147,3 +152,33 @@ def test_a_digest_tells_types_shapes_and_values_apart() -> None:
     found = {content_digest(tensor) for tensor in (values, values.view(3, 4), values.view(4, 3), values.to(torch.bfloat16), values + 1, values[:0])}
     assert len(found) == 6
     assert content_digest(values.view(3, 4).T) == content_digest(values.view(3, 4).T.contiguous())
+
+
+def test_what_another_step_is_bringing_is_not_waited_for(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may never come: a step that is interrupted ends on the loop only after the next one has begun there."""
+    with loopback(bloom, ["0:4"], micro_batch_tokens=10) as swarm:
+        model = prepared(bloom, swarm)
+        transport: Any = swarm._transport
+        call, stuck = transport.call, threading.Event()
+
+        async def lost(peer: str, request: Encoded, timeout_s: float) -> Incoming:
+            if not stuck.is_set():
+                stuck.set()
+                await asyncio.sleep(3600)
+            return await call(peer, request, timeout_s)
+
+        def never_ends() -> None:
+            with pytest.raises(SwarmError):
+                model(**batch())
+
+        monkeypatch.setattr(transport, "call", lost)
+        monkeypatch.setattr("servers.handler.HOLD_S", 60.0)
+        first = threading.Thread(target=never_ends)
+        first.start()
+        assert stuck.wait(10)
+        began = time.monotonic()
+        step(model, batch())
+        assert time.monotonic() - began < 30
+        assert resent(swarm) == 0
+    first.join(10)
+    assert not first.is_alive()
