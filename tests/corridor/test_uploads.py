@@ -16,10 +16,11 @@ from torch import Tensor
 from servers.handler import CallHandler
 from swarmtune.errors import SwarmError
 from swarmtune.remote.events import EventKind
-from swarmtune.remote.uploads import MAX_LOSSES, TOGETHER_S, content_digest
+from swarmtune.remote.uploads import MAX_LOSSES, TOGETHER_S, Uploads, content_digest
 from swarmtune.swarm import Swarm
+from swarmtune.types import BlockSpan
 from swarmtune.wire.frames import Encoded, Incoming
-from swarmtune.wire.messages import ServerInfo
+from swarmtune.wire.messages import CallKwarg, ServerInfo, SpanCall
 from tests.harness import Faults, batch, loopback, lora, remote, same_bits, set_values, step
 
 
@@ -182,3 +183,21 @@ def test_what_another_step_is_bringing_is_not_waited_for(bloom: Path, monkeypatc
         assert resent(swarm) == 0
     first.join(10)
     assert not first.is_alive()
+
+
+def test_what_counts_as_brought_is_a_matter_of_steps() -> None:
+    kwarg = CallKwarg("param.w", torch.zeros(2), {}, BlockSpan(0, 1), True, digest="d" * 32)
+    call, uploads = SpanCall(BlockSpan(0, 1), "m", torch.zeros(1, 1, 2), (kwarg,)), Uploads()
+
+    def carries(of_step: int) -> bool:
+        return uploads.by_reference("peer", 0, call, of_step).kwargs[0].carried
+
+    assert [carries(1), carries(1), carries(2), carries(2)] == [True, False, True, False]
+    uploads.failed("peer", call, 1)
+    assert not carries(2), "it comes with a call of its own"
+    uploads.failed("peer", call, 2)
+    assert carries(2)
+    uploads.arrived("peer", 0, call)
+    assert not carries(3)
+    uploads.failed("peer", call, 3)
+    assert carries(3), "nobody knows whether the server is still the one"

@@ -217,6 +217,17 @@ def test_a_daemon_is_gone_with_its_pipe_once_its_node_is_closed(whose: str) -> N
         asyncio.run(run())
 
 
+def test_a_daemon_that_says_much_without_an_end_of_line_is_heard_out(tmp_path: Path) -> None:
+    async def run() -> bool:
+        daemon, output = Daemon(tmp_path, 1), asyncio.StreamReader()
+        output.feed_data(b"x" * 300_000)
+        output.feed_eof()
+        await daemon._drain(output)
+        return daemon.ended.is_set()
+
+    assert asyncio.run(run())
+
+
 def test_closing_a_daemon_goes_on_when_it_is_cancelled() -> None:
     async def run() -> None:
         node = await HivemindNode().start()
@@ -235,6 +246,29 @@ def test_closing_a_daemon_goes_on_when_it_is_cancelled() -> None:
         began = time.monotonic()
         await node.close()  # it is about to start another daemon
         assert time.monotonic() - began < CLOSE_TIMEOUT_S
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_daemon_whose_keeper_was_killed_is_ended_by_closing_it(cancelled: bool, tmp_path: Path) -> None:
+    """Also where the start was cancelled before the daemon's number was read."""
+    (tmp_path / "identity").write_bytes(Identity.generate().to_bytes())
+
+    async def run() -> None:
+        daemon = Daemon(tmp_path, 1)
+        starting = asyncio.create_task(daemon.start(Path(hivemind.hivemind_cli.__path__[0]) / "p2pd", tmp_path / "identity", ["-noListenAddrs"]))
+        if cancelled:
+            await until(lambda: daemon._spawning is not None and daemon._spawning.done())
+            starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        assert daemon._spawning is not None
+        keeper = psutil.Process((await daemon._spawning).pid)
+        await until(lambda: any(child.name() == "p2pd" for child in keeper.children()))
+        (process,) = keeper.children()
+        keeper.kill()
+        await daemon.close(replace=True)
+        await until(lambda: not runs(process))
 
     asyncio.run(run())
 
