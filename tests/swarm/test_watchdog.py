@@ -259,7 +259,9 @@ def test_a_daemon_whose_keeper_was_killed_is_ended_by_closing_it(cancelled: bool
         daemon = Daemon(tmp_path, 1)
         starting = asyncio.create_task(daemon.start(Path(hivemind.hivemind_cli.__path__[0]) / "p2pd", tmp_path / "identity", ["-noListenAddrs"]))
         if cancelled:
-            await until(lambda: daemon._spawning is not None and daemon._spawning.done())
+            while daemon._spawning is None:
+                await asyncio.sleep(0)
+            await asyncio.wait([daemon._spawning])
             starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         assert daemon._spawning is not None
