@@ -261,7 +261,6 @@ def test_a_daemon_whose_keeper_was_killed_is_ended_by_closing_it(cancelled: bool
         if cancelled:
             while daemon._spawning is None:
                 await asyncio.sleep(0)
-            await asyncio.wait([daemon._spawning])
             starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         assert daemon._spawning is not None
